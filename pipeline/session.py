@@ -1,0 +1,127 @@
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipeline.noise import NoiseSource
+from pipeline.sampler import denoise_block, timesteps
+from utils.config import Config
+from utils.device import download, upload
+from utils.timing import Stopwatch
+from wan.geometry import PIXELS
+from wan.kv_cache import KVCache
+from wan.model import CausalWan
+from wan.rope import RotaryEmbedding
+
+
+class Session:
+    """One video in the making: it has the K/V cache, the prompt, the latest latents and the decoder's state.
+
+        session.set_prompt("a red ball")
+        frames = session.step()          # uint8 [T, H, W, 3]; T = 4F-3 for the first block, then 4F
+
+    Each step makes one block of F latents. The prompt may be set anew between any two steps.
+
+    encode: a prompt → its embeddings [1, n, text_dim]. decode: the block's latents [1, F, 16, h, w] → frames
+    [1, T, 3, H, W] in [-1, 1], with its own state for this video.
+    """
+
+    def __init__(self, config: Config, generator: CausalWan, encode: Callable[[str], Tensor],
+                 decode: Callable[[Tensor], Tensor], noise: NoiseSource):
+        self.config, self.generator, self.encode, self.decode, self.noise = config, generator, encode, decode, noise
+        self.steps = timesteps(config.denoising_step_list, config.model_kwargs.timestep_shift,
+                               config.warp_denoising_step)
+        weight = generator.patch_embedding.weight
+        self.device = weight.device
+        _, ph, pw = generator.config.patch_size
+        rows, columns = config.height // PIXELS // ph, config.width // PIXELS // pw
+        self.rope = RotaryEmbedding(generator.config.head_dim, rows, columns, self.device)
+        self.cache = KVCache(
+            layers=generator.config.num_layers, batch=1, tokens=rows * columns, heads=generator.config.num_heads,
+            head_dim=generator.config.head_dim, window=config.window, sink=config.model_kwargs.sink_size,
+            dtype=weight.dtype, device=self.device,
+            rope=self.rope if config.model_kwargs.use_infinite_attention else None,
+        )
+        self.watch = Stopwatch(self.device)
+        self.block = 0  # index of the next block
+        self.prompt: str | None = None  # the prompt that the cache holds
+        self._asked: str | None = None  # the prompt of the next block
+        self._text: list[tuple[Tensor, Tensor]] = []  # cross-attention keys and values of `prompt`
+        self._latents: list[Tensor] = []  # clean latents of the latest blocks, as many as a re-cache needs
+
+    @property
+    def position(self) -> int:
+        """Index of the next block's first latent."""
+        return self.block * self.config.num_frame_per_block
+
+    def set_prompt(self, prompt: str) -> None:
+        """The prompt from the next block on. Costs nothing where it is the present one."""
+        self._asked = prompt
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        """Makes the next block. Returns its frames, uint8 [T, H, W, 3] on the host.
+
+        Raises ValueError where no prompt was set.
+        """
+        latents = self.step_latents()
+        with self.watch.stage("decode"):
+            frames = self.decode(latents)[0].float().mul(127.5).add(127.5).round().to(torch.uint8)
+            frames = frames.permute(0, 2, 3, 1).contiguous()
+        return download(frames)
+
+    @torch.inference_mode()
+    def step_latents(self) -> Tensor:
+        """Makes the next block without decoding it. Returns its clean latents, float32 [1, F, 16, h, w]."""
+        self._refresh_cache()
+        with self.watch.stage("denoise"):
+            block, position = self.block, self.position
+            self.cache.begin(position, self.config.num_frame_per_block)
+            latents = denoise_block(
+                lambda x, t: self._forward(x, t, position), self.noise.start(block), self.steps,
+                lambda i: self.noise.renoise(block, i),
+            )
+        self._latents.append(latents)
+        if self.config.window is not None:
+            del self._latents[: -(self.config.window // self.config.num_frame_per_block)]
+        self.block += 1
+        return latents
+
+    def _refresh_cache(self) -> None:
+        """Brings the cache up to date with the last block's clean latents and with the prompt.
+
+        Done when the next block begins: the last block of a video then needs no clean pass, and neither does one that
+        is followed by a re-cache, which writes its keys and values too.
+        """
+        if self._asked is None:
+            raise ValueError("no prompt: call set_prompt before the first step")
+        if self._asked != self.prompt:
+            with self.watch.stage("text"):
+                self._text = self.generator.encode_text(upload(self.encode(self._asked), self.device))
+                self.prompt = self._asked
+            if self.block > 0:
+                with self.watch.stage("re-cache"):
+                    self._recache()
+        elif self.block > 0:
+            with self.watch.stage("clean pass"):
+                self._clean_pass(self._latents[-1])
+
+    def _recache(self) -> None:
+        """Rebuilds the K/V of the latest latents under the new prompt, in one pass at t = context_noise.
+
+        With `global_sink`, once latents have left the window, the sink keeps its old K/V and is attended to.
+        """
+        latents = torch.cat(self._latents, 1)
+        keep_sink = self.config.global_sink and self.config.window is not None and self.position > self.config.window
+        if keep_sink:
+            latents = latents[:, self.config.model_kwargs.sink_size:]
+        self.cache.rewind(keep_sink)
+        self.cache.begin(self.position - latents.shape[1], latents.shape[1])
+        self._clean_pass(latents)
+
+    def _clean_pass(self, latents: Tensor) -> None:
+        """Writes the K/V of clean latents, the last ones made, to the slots that the cache picked for them."""
+        self._forward(latents, self.config.context_noise, self.position - latents.shape[1])
+
+    def _forward(self, latents: Tensor, t: float, position: int) -> Tensor:
+        return self.generator(latents, t, position, self.rope, self.cache, self._text)

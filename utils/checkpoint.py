@@ -1,0 +1,174 @@
+"""Checkpoint files: read without running code, checked against the model, LoRAs merged, the merged file cached."""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from utils.config import LoraFile
+from utils.errors import UserError
+from utils.key_names import State, generator_names, lora_modules
+from utils.paths import find_file
+
+log = logging.getLogger(__name__)
+
+GET = "get it with: bash scripts/download.sh (or see the demo without it: bash scripts/inference.sh)"
+CACHE_FORMAT = 1  # part of the cached file's key: raise it when merging changes
+
+
+def read(path: Path) -> dict:
+    """Contents of a .safetensors or a torch file, memory-mapped.
+
+    Raises UserError for a file that is truncated or no checkpoint, and for a pickle that asks to run code: that is
+    refused, never run.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a mapping
+        return _load_torch(path)
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"Unsupported (?:global|class)[^.]*|GLOBAL [\w.]+", str(error))
+        detail = f" ({reason[0].strip()})" if reason else ""
+        raise UserError(f"{path}: refused, this file holds more than tensors and loading it could run code{detail}; "
+                        f"get it from a source that you trust, as .safetensors or as plain tensors") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: not a whole checkpoint, {path.stat().st_size:,} bytes ({reason}); "
+                        f"it may be cut short, fetch it again") from None
+
+
+def _load_torch(path: Path) -> dict:
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # files before torch 1.6: no zip
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: holds a {type(contents).__name__}, not a dictionary of tensors")
+    return contents
+
+
+def read_folder(folder: Path) -> State:
+    """All tensors of a Diffusers sub-folder: one safetensors file or several with an index."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no .safetensors file in it; {GET}")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        named = set(read_json(indices[0]).get("weight_map", {}).values())
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise UserError(f"{folder / missing[0]}: no such file, but {indices[0].name} names it; {GET}")
+        files = [file for file in files if file.name in named]
+    state: State = {}
+    for file in files:
+        state.update(read(file))
+    return state
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises UserError where it is not one."""
+    try:
+        contents = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(contents).__name__}")
+    return contents
+
+
+def fill(model: nn.Module, state: State, source: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Puts `state` into a model made on the meta device. Raises UserError unless names and shapes are exactly its own."""
+    wanted = model.state_dict()
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or extra:
+        parts = [f"{len(names)} {what}, such as {names[0]}"
+                 for names, what in ((missing, "parameters missing"), (extra, "unknown")) if names]
+        raise UserError(f"{source}: does not fit the model ({'; '.join(parts)}); is it the right file for this model?")
+    for name, have in state.items():
+        if have.shape != wanted[name].shape:
+            raise UserError(f"{source}: {name} has shape {list(have.shape)}, the model needs "
+                            f"{list(wanted[name].shape)}; is it the right file for this model?")
+    if dtype is not None:
+        state = {name: value.to(dtype) for name, value in state.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def pick_generator(contents: dict, use_ema: bool, path: Path) -> State:
+    """The generator of a LongLive checkpoint: `generator`, `generator_ema`, `model`, or the whole file."""
+    wanted = ["generator_ema"] if use_ema else ["generator", "model"]
+    for key in wanted:
+        if isinstance(contents.get(key), dict):
+            return generator_names(contents[key])
+    if not use_ema and contents and all(isinstance(value, Tensor) for value in contents.values()):
+        return generator_names(contents)
+    raise UserError(f"{path}: no {' or '.join(wanted)} in it, it has {', '.join(map(str, list(contents)[:5]))}"
+                    + ("; set use_ema: false" if use_ema else ""))
+
+
+def merge_loras(state: State, loras: list[LoraFile], verbose: bool = False) -> State:
+    """W + Σ weight·alpha/rank·B·A for every module that a LoRA names, in float32.
+
+    Raises UserError where a LoRA names a module that the generator lacks, or has another rank than was said.
+    """
+    merged = dict(state)
+    for lora in loras:
+        path = find_file(lora.path, "lora_ckpt", GET)
+        contents = read(path)
+        modules = lora_modules(contents.get("generator_lora", contents))
+        unmatched = [name for name, parts in modules.items()
+                     if f"{name}.weight" not in state or set(parts) != {"A", "B"}]
+        if unmatched:
+            raise UserError(f"{path}: {len(unmatched)} of {len(modules)} LoRA modules match nothing in the generator, "
+                            f"such as {unmatched[0]}; is it a LoRA for this model?")
+        for name, parts in modules.items():
+            a, b, key = parts["A"].float(), parts["B"].float(), f"{name}.weight"
+            if len(a) != lora.rank:
+                raise UserError(f"{path}: has rank {len(a)}, but adapter.rank={lora.rank}; set adapter.rank={len(a)} "
+                                f"and adapter.alpha to what it was trained with")
+            if (b.shape[0], a.shape[1]) != tuple(merged[key].shape) or b.shape[1] != len(a):
+                raise UserError(f"{path}: {name} is {b.shape[0]}×{a.shape[1]}, the generator's is "
+                                f"{'×'.join(map(str, merged[key].shape))}; is it a LoRA for this model?")
+            merged[key] = merged[key].float() + lora.weight * lora.alpha / lora.rank * (b @ a)
+            if verbose:
+                log.info("  %s", name)
+        log.info("LoRA %s: %d of %d modules applied, weight %g", path, len(modules), len(modules), lora.weight)
+    return merged
+
+
+def merged_path(sources: list[Path], recipe: dict) -> Path:
+    """Where the merged generator of these source files and this recipe is cached: beside the first of them."""
+    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+    key = hashlib.sha256(json.dumps([CACHE_FORMAT, facts, recipe], sort_keys=True).encode()).hexdigest()[:12]
+    return sources[0].with_name(f"{sources[0].stem}.merged-{key}.safetensors")
+
+
+def cached(path: Path, make: Callable[[], State]) -> State:
+    """The state in the safetensors file `path`; made, and written there for the next start, where it does not exist."""
+    if path.exists():
+        try:
+            state = read(path)
+        except UserError:
+            log.warning("%s is not whole; merging again", path)
+        else:
+            log.info("Generator: %s (merged before)", path)
+            return state
+    state = make()
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        save_file({name: value.contiguous() for name, value in state.items()}, temporary)
+        temporary.replace(path)
+        log.info("Wrote %s; the next start reads it and merges nothing", path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        log.warning("Could not keep the merged generator beside its sources: %s", " ".join(str(error).split()))
+    return state

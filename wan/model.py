@@ -1,0 +1,168 @@
+"""CausalWan: the transformer of Wan 2.1 (arXiv:2503.20314), run on one block of latents at a time over a K/V cache."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from wan.attention import attention
+from wan.kv_cache import KVCache
+from wan.rope import RotaryEmbedding, rotate
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of the transformer; the defaults are Wan 2.1 T2V-1.3B."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    in_dim: int = 16
+    out_dim: int = 16
+    num_heads: int = 12
+    num_layers: int = 30
+    eps: float = 1e-6
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """[cos(t·ω), sin(t·ω)] in float64, ω_i = 10000^(−i/half), half = dim/2. t [...] → [..., dim]."""
+    half = dim // 2
+    speeds = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angles = t.double()[..., None] * speeds
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights, then x·(1+scale)+shift. x [B, F, L, dim], shift and scale [B, F, 1, dim]."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+class Attention(nn.Module):
+    """q, k, v, o with biases; q and k are RMS-normed over the whole dim before they are split into heads."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
+
+    def query(self, x: Tensor) -> Tensor:
+        """x [B, S, dim] → [B, S, H, D]."""
+        return self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, dim] → k, v [B, S, H, D]."""
+        k, v = self.norm_k(self.k(x)), self.v(x)
+        return k.unflatten(-1, (-1, self.head_dim)), v.unflatten(-1, (-1, self.head_dim))
+
+
+class SelfAttention(Attention):
+    def forward(self, x: Tensor, turns: Tensor, cache: KVCache, layer: int) -> Tensor:
+        """x [B, S, dim] attends to all that the cache holds, x itself included."""
+        k, v = self.key_value(x)
+        k, v = cache.update(layer, rotate(k, turns), v)
+        return self.o(attention(rotate(self.query(x), turns), k, v).flatten(-2))
+
+
+class CrossAttention(Attention):
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, S, dim] attends to the prompt's keys and values, each [B, text_len, H, D]."""
+        return self.o(attention(self.query(x), *text).flatten(-2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+
+    def forward(self, x: Tensor, e0: Tensor, turns: Tensor, cache: KVCache, layer: int,
+                text: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, F, L, dim], e0 [B, F, 6, dim] → [B, F, L, dim]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + e0).split(1, dim=2)
+        frames = x.shape[1]
+        y = self.self_attn(modulate(x, shift1, scale1, self.eps).flatten(1, 2), turns, cache, layer)
+        x = torch.addcmul(x, gate1, y.unflatten(1, (frames, -1)))
+        x = x + self.cross_attn(self.norm3(x).flatten(1, 2), text).unflatten(1, (frames, -1))
+        return torch.addcmul(x, gate2, self.ffn(modulate(x, shift2, scale2, self.eps)))
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        pt, ph, pw = config.patch_size
+        self.head = nn.Linear(config.dim, pt * ph * pw * config.out_dim)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        shift, scale = (self.modulation[:, None] + e[:, :, None]).split(1, dim=2)
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+class CausalWan(nn.Module):
+    """Predicts the flow of a block of latents, given what the cache holds of those before it.
+
+    Parameters have Wan's native names, so released checkpoints load as they are.
+    """
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def encode_text(self, embeds: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cross-attention keys and values of a prompt, per layer [B, text_len, H, D].
+
+        embeds [B, n ≤ text_len, text_dim] is what the text encoder returns; it is padded with zeros to text_len rows,
+        all of which are attended to, as Wan was trained.
+        """
+        embeds = F.pad(embeds, (0, 0, 0, self.config.text_len - embeds.shape[1]))
+        text = self.text_embedding(embeds.to(self.patch_embedding.weight.dtype))
+        return [block.cross_attn.key_value(text) for block in self.blocks]
+
+    def forward(self, latents: Tensor, t: float, position: int, rope: RotaryEmbedding, cache: KVCache,
+                text: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Flow [B, F, C, h, w] of noisy latents [B, F, C, h, w] at timestep t (0 clean … 1000 noise).
+
+        The latents are the frames `position …` of the video; their keys and values go to the slots that
+        `cache.begin` picked. Returned in the dtype of `latents`.
+        """
+        weight = self.patch_embedding.weight
+        batch, frames, _, height, width = latents.shape
+        x = self.patch_embedding(latents.to(weight.dtype).transpose(1, 2))
+        x = rearrange(x, "b d f h w -> b f (h w) d")
+        t = torch.full((batch, frames), t, dtype=torch.float64, device=latents.device)
+        e = self.time_embedding(sinusoid(t, self.config.freq_dim).to(weight.dtype))
+        e0 = self.time_projection(e).unflatten(-1, (6, -1))
+        turns = rope.turns(position, frames)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, e0, turns, cache, layer, text[layer])
+        _, ph, pw = self.config.patch_size
+        x = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=height // ph, p=ph, q=pw)
+        return x.to(latents.dtype)

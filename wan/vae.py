@@ -1,0 +1,66 @@
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+
+class WanVAE:
+    """Wan's VAE over diffusers' AutoencoderKLWan, for normalised latents. Weights only: `stream()` makes the state."""
+
+    def __init__(self, model: AutoencoderKLWan):
+        self.model = model.eval().requires_grad_(False)
+
+    @property
+    def parameter(self) -> Tensor:
+        return self.model.post_quant_conv.weight
+
+    def to(self, device, dtype: torch.dtype | None = None) -> "WanVAE":
+        self.model.to(device, dtype)
+        return self
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Per-channel mean and std of the latents, [16, 1, 1, 1]."""
+        like = {"dtype": self.parameter.dtype, "device": self.parameter.device}
+        config = self.model.config
+        return (torch.tensor(config.latents_mean, **like).view(-1, 1, 1, 1),
+                torch.tensor(config.latents_std, **like).view(-1, 1, 1, 1))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Video [B, T, 3, H, W] in [-1, 1], T = 4F−3 → mean of the normalised latents [B, F, 16, h, w]."""
+        mean, std = self._statistics()
+        latents = self.model.encode(pixels.transpose(1, 2).to(mean.dtype)).latent_dist.mean
+        return ((latents - mean) / std).transpose(1, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """All latents of a video at once, [B, F, 16, h, w] → [B, 4F−3, 3, H, W] in [-1, 1]."""
+        mean, std = self._statistics()
+        latents = latents.transpose(1, 2).to(mean.dtype) * std + mean
+        return self.model.decode(latents).sample.transpose(1, 2)
+
+    def stream(self) -> "WanStream":
+        """The decoder state of a new video."""
+        return WanStream(self)
+
+
+class WanStream:
+    """Decodes one video block by block; the same frames as `WanVAE.decode` gives for all its latents together.
+
+    The cache of the causal convolutions lives here. `AutoencoderKLWan.decode` clears its own at entry and exit, so its
+    decoder is called directly: `decoder(x, feat_cache, feat_idx, first_chunk)` is private to the pinned diffusers.
+    """
+
+    def __init__(self, vae: WanVAE):
+        self.model = vae.model
+        self.mean, self.std = vae._statistics()
+        # WanDecoder3d keeps the last inputs of each of its causal convolutions in one slot of this list.
+        self.features: list[Tensor | None] = [None] * self.model._cached_conv_counts["decoder"]
+        self.started = False
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """The video's next latents [B, F, 16, h, w] → their frames [B, T, 3, H, W] in [-1, 1]; T = 4F, or 4F−3 at
+        the start of the video."""
+        latents = latents.transpose(1, 2).to(self.mean.dtype) * self.std + self.mean
+        frames = []
+        for latent in self.model.post_quant_conv(latents).split(1, dim=2):
+            first, self.started = not self.started, True
+            frames.append(self.model.decoder(latent, feat_cache=self.features, feat_idx=[0], first_chunk=first))
+        return torch.cat(frames, 2).clamp(-1, 1).transpose(1, 2)
