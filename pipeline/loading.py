@@ -12,6 +12,7 @@ from utils.checkpoint import (
     GET,
     cached,
     fill,
+    fingerprint,
     merge_loras,
     merged_path,
     pick_generator,
@@ -65,6 +66,16 @@ class BaseModel:
         path = self.folder / name
         return read_json(path) if path.exists() else published
 
+    def files(self, config: Config) -> list[Path]:
+        """The files of this folder that a video of `config` is made with."""
+        names = ["text_encoder/*.safetensors", "vae/*.safetensors", "transformer/*.safetensors"] if self.is_diffusers \
+            else ["models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "diffusion_pytorch_model.safetensors"]
+        needed = [names[0], *([names[1]] if config.vae_ckpt is None else []),
+                  *([names[2]] if config.generator_ckpt is None else [])]
+        if self.is_diffusers:
+            return [file for name in needed for file in sorted(self.folder.glob(name))]
+        return [self._file(name) for name in needed]
+
     def generator_config(self) -> WanConfig:
         if not self.is_diffusers:
             sizes = read_json(self._file("config.json"))
@@ -116,6 +127,15 @@ class BaseModel:
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: no tokenizer that transformers can load ({' '.join(str(error).split())[:160]}); "
                             f"{GET}") from None
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """{file: mark of its contents} of every weight file of a config. Raises UserError where one is missing."""
+    given = [("generator_ckpt", config.generator_ckpt), ("vae_ckpt", config.vae_ckpt),
+             *(("lora_ckpt", lora.path) for lora in config.loras)]
+    files = {path: find_file(path, what, GET) for what, path in given if path is not None}
+    files |= {f"{config.model_name}/{file.name}": file for file in BaseModel(config).files(config)}
+    return {name: fingerprint(file) for name, file in files.items()}
 
 
 def load_generator(config: Config, base: BaseModel, dtype: torch.dtype) -> CausalWan:

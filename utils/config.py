@@ -104,7 +104,8 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what a video looks like."""
-        return {key: value for key, value in self.to_dict().items() if key not in PLACEMENT}
+        kept = {key: value for key, value in self.to_dict().items() if key not in PLACEMENT}
+        return kept | {"lora_ckpt": [dataclasses.asdict(lora) for lora in self.loras]}
 
     def __post_init__(self):
         object.__setattr__(self, "switch_frame_indices", _indices(self.switch_frame_indices))
@@ -115,6 +116,7 @@ class Config:
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
     """The config of a YAML file (None: only the defaults) with `key=value` overrides, as `model_kwargs.sink_size=6`.
+    The .json beside a video has its whole config too.
 
     Raises UserError for a file that is missing or no YAML, an unknown key (with the nearest known one) or a value of
     the wrong type or range.
@@ -130,6 +132,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             loaded = OmegaConf.create(text)
             if not isinstance(loaded, DictConfig):
                 raise UserError(f"{where}: a config is a YAML mapping of key: value, this is not one")
+            if "request" in loaded and "config" in loaded:
+                loaded = loaded.config
             schema = OmegaConf.merge(schema, loaded)
         where = "the command line"
         schema = OmegaConf.merge(schema, OmegaConf.from_dotlist(_checked_dotlist(overrides or [])))

@@ -1,0 +1,204 @@
+"""From stories to files: which videos are to be made, and making one."""
+
+import datetime
+import importlib.metadata
+import itertools
+import json
+import logging
+import platform
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.engine import Engine
+from pipeline.timeline import Segment, Timeline
+from utils.config import Config
+from utils.errors import UserError
+from utils.prompts import Story
+from utils.report import VideoTimes, peak_gpu
+from utils.video import Mp4Writer
+from wan.geometry import first_frame
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make: `path` is its MP4, `request` all that decides what it shows."""
+
+    path: Path
+    timeline: Timeline
+    seed: int
+    sample: int
+    request: dict[str, Any]
+
+    @property
+    def sidecar(self) -> Path:
+        return self.path.with_suffix(".json")
+
+
+def plan_jobs(stories: list[Story], config: Config, frames: int, weights: dict[str, str],
+              overwrite: bool) -> tuple[list[Job], list[Path]]:
+    """The videos to make, in order, and those that exist already, made by the same request.
+
+    A file that another request made is never overwritten, unless `overwrite`: the new video is called NAME-2.
+    """
+    folder = Path(config.output_folder)
+    jobs, finished, taken = [], [], set()
+    for number, story in enumerate(stories if config.inference_iter == -1 else stories[:config.inference_iter]):
+        timeline = story.timeline(config, frames)
+        seed = config.seed if story.seed is None else story.seed
+        for sample in range(config.num_samples):
+            request = _request(timeline, seed, sample, config, weights)
+            path, done = _free_path(folder, _name(story, number, sample, config), request, overwrite, taken)
+            taken.add(path)
+            if done:
+                finished.append(path)
+            else:
+                jobs.append(Job(path, timeline, seed, sample, request))
+    return jobs, finished
+
+
+def _request(timeline: Timeline, seed: int, sample: int, config: Config, weights: dict[str, str]) -> dict[str, Any]:
+    request = {"prompts": [asdict(segment) for segment in timeline.segments], "frames": timeline.frames,
+               "latents": timeline.latents, "seed": seed, "sample": sample, "settings": config.identity(),
+               "weights": weights}
+    return json.loads(json.dumps(request))  # as it will read from the file
+
+
+def _name(story: Story, number: int, sample: int, config: Config) -> str:
+    if story.name is not None:
+        return story.name if config.num_samples == 1 else f"{story.name}-{sample}"
+    if config.save_with_index:
+        return f"{number:04d}-{sample}"
+    words = re.sub(r"[^\w]+", "-", story.prompts[0].lower())[:60].strip("-_")
+    return f"{words or 'video'}-{sample}"
+
+
+def _free_path(folder: Path, name: str, request: dict, overwrite: bool, taken: set[Path]) -> tuple[Path, bool]:
+    """Where a video goes, and whether it is there already."""
+    for number in itertools.count(1):
+        path = folder / (f"{name}.mp4" if number == 1 else f"{name}-{number}.mp4")
+        if path in taken:
+            continue
+        about = _read_sidecar(path.with_suffix(".json"))
+        if overwrite or not (path.exists() or about):
+            return path, False
+        if about.get("request") == request:
+            return path, bool(about.get("complete")) and path.exists()
+    raise AssertionError("unreachable")
+
+
+def _read_sidecar(path: Path) -> dict:
+    try:
+        about = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def remake_job(path: Path, config: Config, weights: dict[str, str], overwrite: bool) -> tuple[list[Job], list[Path]]:
+    """The video that the .json beside an MP4 describes, as `plan_jobs` gives it. Raises UserError where it is none."""
+    told = _read_sidecar(path).get("request")
+    try:
+        segments = tuple(Segment(**segment) for segment in told["prompts"])
+        timeline = Timeline(segments, (), config.num_frame_per_block, told["latents"], told["frames"])
+        seed, sample = told["seed"], told["sample"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: not a description of a video; give the .json that lies beside an .mp4") from None
+    changed = [file for file, mark in told["weights"].items() if weights.get(file) != mark]
+    if changed:
+        log.warning("%s was made with other weights in %s; the video will differ", path, ", ".join(changed))
+    request = _request(timeline, seed, sample, config, weights)
+    file, done = _free_path(Path(config.output_folder), path.stem, request, overwrite, set())
+    return ([], [file]) if done else ([Job(file, timeline, seed, sample, request)], [])
+
+
+def describe(job: Job, config: Config) -> list[str]:
+    """The plan of a video, a line each: which prompt from which latent, frame and second."""
+    timeline = job.timeline
+    lines = [f"{job.path}: {timeline.latents} latents in {len(timeline)} blocks, {timeline.frames} frames, "
+             f"{timeline.frames / config.fps:.1f} s, seed {job.seed}"]
+    for segment in timeline.segments:
+        frame = first_frame(segment.latent)
+        moved = f" (asked for {segment.asked}, moved to the next block)" if segment.asked != segment.latent else ""
+        lines.append(f"  from latent {segment.latent:4}, frame {frame:5}, {frame / config.fps:6.1f} s{moved}: "
+                     f"{_shorten(segment.prompt)}")
+    for segment in timeline.dropped:
+        why = "another prompt begins in the same block and wins" if segment.latent < timeline.latents \
+            else "the video ends before its block"
+        lines.append(f"  never shown, {why}: from latent {segment.asked}: {_shorten(segment.prompt)}")
+    return lines
+
+
+def _shorten(prompt: str, width: int = 90) -> str:
+    return prompt if len(prompt) <= width else prompt[: width - 1] + "…"
+
+
+def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
+    """Makes one video: its MP4, and beside it a JSON that says how. Whatever stops it, what was made is kept."""
+    config, timeline = engine.config, job.timeline
+    times = VideoTimes(job.path.stem)
+    start = time.perf_counter()
+    writer = Mp4Writer(job.path, width=config.width, height=config.height, fps=config.fps, crf=config.crf)
+    session = engine.session(job.seed, job.sample)
+    sent = 0
+    try:
+        with writer, _progress(job, config, show_progress) as bar:
+            for prompt in timeline:
+                session.set_prompt(prompt)
+                frames = session.step()[: timeline.frames - sent]
+                writer.write(frames)
+                sent += len(frames)
+                _advance(bar, len(frames), start, engine)
+    finally:
+        times.frames, times.latents = writer.frames, session.position
+        times.wall = time.perf_counter() - start
+        times.stages = {**session.watch.read(), "encode": [writer.seconds]}
+        complete = writer.frames == timeline.frames
+        if writer.frames and job.path.exists():
+            _write_sidecar(job, times, config, complete)
+        if not complete:
+            kept = job.path if job.path.exists() else writer.partial
+            log.warning("Stopped after %d of %d frames; they are in %s", writer.frames, timeline.frames, kept)
+    return times
+
+
+def _progress(job: Job, config: Config, show: bool) -> tqdm:
+    return tqdm(total=job.timeline.frames / config.fps, desc=job.path.stem, disable=not show, leave=True,
+                bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n:.1f}/{total:.1f} s [{elapsed}<{remaining}{postfix}]")
+
+
+def _advance(bar: tqdm, frames: int, start: float, engine: Engine) -> None:
+    if bar.disable:
+        return
+    fps = engine.config.fps
+    bar.update(frames / fps)
+    speed = bar.n * fps / (time.perf_counter() - start)
+    gpu = peak_gpu(engine.device)
+    memory = f", {gpu / 2**30:.1f} GiB GPU" if gpu else ""
+    bar.set_postfix_str(f"{speed:.1f} frames/s, {speed / fps:.2f}x real time{memory}")
+
+
+def _write_sidecar(job: Job, times: VideoTimes, config: Config, complete: bool) -> None:
+    about = {
+        "video": job.path.name, "complete": complete, "frames": times.frames,
+        "seconds": round(times.frames / config.fps, 3), "plan": job.timeline.plan(config.fps),
+        "request": job.request, "config": config.to_dict(), "times": times.summary(),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}
+                    | {"python": platform.python_version()},
+        "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    temporary = job.sidecar.with_suffix(".json.part")
+    try:
+        temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        temporary.replace(job.sidecar)
+    except OSError as error:
+        raise UserError(f"{job.sidecar}: can't be written: {error.strerror}; the video {job.path} is whole, but will "
+                        f"not be skipped by the next run") from None

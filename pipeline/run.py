@@ -1,0 +1,85 @@
+"""The whole of a front-end after its arguments: plan, load, encode the prompts, make the videos, report."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+from pipeline.engine import Engine
+from pipeline.loading import fingerprints
+from pipeline.render import Job, describe, plan_jobs, remake_job, render
+from utils.cli import Task
+from utils.distributed import Ranks
+from utils.errors import UserError
+from utils.prompts import Story
+from utils.report import RankReport, peak_gpu, peak_host, table, to_json
+from utils.video import check_writable
+
+log = logging.getLogger(__name__)
+
+PLANS_SHOWN = 20
+
+
+def run(task: Task, stories: list[Story]) -> None:
+    """Makes every video of a task that is not there yet. Under torchrun each process makes its share.
+
+    Raises UserError for whatever the user can mend, before anything is computed wherever that is possible.
+    """
+    config = task.config
+    ranks = Ranks()
+    if not ranks.is_first:
+        logging.getLogger().setLevel(logging.WARNING)
+    check_writable(Path(config.output_folder))
+    if task.profile is not None:
+        check_writable(task.profile.parent)
+    jobs, finished = ranks.from_first(lambda: _plan(task, stories))
+    for path in finished:
+        log.info("%s is there already, skipped (--overwrite makes it again)", path)
+    _show_plans(jobs, task)
+    if jobs:
+        reports = _make(jobs, task, ranks)
+        if ranks.is_first:
+            sys.stdout.write(table(reports, config.fps) + "\n")
+            if task.profile is not None:
+                _write_profile(task.profile, reports)
+    ranks.close()
+
+
+def _plan(task: Task, stories: list[Story]) -> tuple[list[Job], list[Path]]:
+    weights = fingerprints(task.config)
+    if task.remake is not None:
+        return remake_job(task.remake, task.config, weights, task.overwrite)
+    return plan_jobs(stories, task.config, task.frames, weights, task.overwrite)
+
+
+def _show_plans(jobs: list[Job], task: Task) -> None:
+    for job in jobs[:PLANS_SHOWN]:
+        for line in describe(job, task.config):
+            log.info("%s", line)
+    if len(jobs) > PLANS_SHOWN:
+        log.info("… and %d more videos", len(jobs) - PLANS_SHOWN)
+
+
+def _make(jobs: list[Job], task: Task, ranks: Ranks) -> list[RankReport]:
+    start = time.perf_counter()
+    engine = ranks.first_then_others(lambda: Engine.from_config(task.config, ranks.local))
+    report = RankReport(load=time.perf_counter() - start)
+    log.info("Loaded in %.1f s, on %s", report.load, engine.device)
+    share = ranks.share(jobs)
+    for job in share:
+        for segment in job.timeline.segments:
+            engine.encode(segment.prompt)
+    engine.release_text_encoder()
+    report.text = engine.text_seconds
+    for job in share:
+        report.videos.append(render(engine, job, show_progress=ranks.is_first))
+    report.gpu_bytes, report.host_bytes = peak_gpu(engine.device), peak_host()
+    return ranks.gather(report)
+
+
+def _write_profile(path: Path, reports: list[RankReport]) -> None:
+    try:
+        path.write_text(json.dumps(to_json(reports), indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise UserError(f"--profile {path}: can't be written: {error.strerror}") from None

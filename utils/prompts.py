@@ -1,0 +1,127 @@
+"""Prompt files: one prompt a line, or JSONL with a story (prompts over time) a line."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from pipeline.timeline import Timeline
+from utils.config import Config, nearest
+from utils.errors import UserError
+from utils.paths import read_text
+from wan.geometry import frames_of, latents_for
+
+LONGEST_NAME = 100
+
+
+@dataclass(frozen=True)
+class Story:
+    """One video as asked for: its prompts, when they change, and what it says of itself. `where` is for messages."""
+
+    prompts: list[str]
+    switch_frame_indices: list[int] | None = None  # latents
+    durations: list[float] | None = None  # seconds of each prompt
+    num_output_frames: int | None = None  # latents
+    seed: int | None = None
+    name: str | None = None
+    where: str = ""
+
+    def timeline(self, config: Config, frames: int) -> Timeline:
+        """When each prompt takes hold. `frames`: length in frames where the story has none of its own.
+
+        Without times of its own the config's `switch_frame_indices` count if they fit, else the video is split evenly.
+        Raises UserError for times that do not fit the video.
+        """
+        if self.num_output_frames is not None:
+            frames = frames_of(self.num_output_frames)
+        block, switches = config.num_frame_per_block, self.switch_frame_indices
+        try:
+            if self.durations is not None:
+                ends = [round(sum(self.durations[: i + 1]) * config.fps) for i in range(len(self.durations))]
+                switches = [latents_for(end + 1) - 1 for end in ends[:-1]]
+                return Timeline.build(self.prompts, switches, block=block, frames=max(ends[-1], 1))
+            if switches is None and _fits(config.switch_frame_indices, len(self.prompts), latents_for(frames)):
+                switches = config.switch_frame_indices
+            if switches is not None:
+                return Timeline.build(self.prompts, switches, block=block, frames=frames)
+            return Timeline.evenly(self.prompts, block=block, frames=frames)
+        except ValueError as error:
+            raise UserError(f"{self.where}: {error}") from None
+
+
+def _fits(switches: list[int] | None, prompts: int, latents: int) -> bool:
+    return switches is not None and len(switches) == prompts - 1 and all(s < latents for s in switches)
+
+
+def read_prompts(path: Path) -> list[Story]:
+    """A story of one prompt for each line that is not blank. Raises UserError for a file that is not text or empty."""
+    stories = [Story([line.strip()], where=f"{path}, line {number}")
+               for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    if not stories:
+        raise UserError(f"{path}: no prompts in it; write one a line")
+    if stories[0].prompts[0].startswith("{"):
+        raise UserError(f"{path}: this is JSONL, prompts over time; run it with interactive_inference.py "
+                        f"(bash scripts/interactive_inference.sh)")
+    return stories
+
+
+def read_stories(path: Path) -> list[Story]:
+    """The stories of a JSONL file; blank lines are skipped. Raises UserError that names the line of whatever is wrong."""
+    stories = [_story(line, f"{path}, line {number}")
+               for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    if not stories:
+        raise UserError(f'{path}: no stories in it; write one JSON object a line, such as {{"prompts": ["…", "…"]}}')
+    return stories
+
+
+def _story(line: str, where: str) -> Story:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}); each line is one object such as "
+                        f'{{"prompts": ["…", "…"]}}') from None
+    known = [f.name for f in fields(Story) if f.name != "where"]
+    if not isinstance(entry, dict):
+        raise UserError(f'{where}: expected a JSON object such as {{"prompts": ["…", "…"]}}, '
+                        f"got {type(entry).__name__}")
+    for key in entry:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key}{nearest(key, known)}; known are {', '.join(known)}")
+    return check_story(Story(**{"prompts": [], **entry}, where=where))
+
+
+def check_story(story: Story) -> Story:
+    """The story, if all its fields have the types and ranges they need. Raises UserError otherwise."""
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(f"{story.where}: {message}")
+
+    def whole(value) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    prompts, switches, durations = story.prompts, story.switch_frame_indices, story.durations
+    need(isinstance(prompts, list) and bool(prompts) and all(isinstance(p, str) for p in prompts),
+         f"prompts must be a list of at least one text, got {json.dumps(prompts)[:80]}")
+    for number, prompt in enumerate(prompts, 1):
+        need(bool(prompt.strip()), f"prompt {number} is empty; write what the video should show, or leave it out")
+    need(switches is None or durations is None, "give switch_frame_indices or durations, not both")
+    need(durations is None or story.num_output_frames is None,
+         "give durations or num_output_frames, not both: the durations add up to the length")
+    need(switches is None or (isinstance(switches, list) and all(map(whole, switches))),
+         f"switch_frame_indices must be a list of whole numbers (latents), got {switches}")
+    if durations is not None:
+        numbers = isinstance(durations, list) and all(
+            isinstance(d, (int, float)) and not isinstance(d, bool) and 0 < d < 1e6 for d in durations)
+        need(numbers, f"durations must be a list of seconds above 0, got {durations}")
+        need(len(durations) == len(prompts), f"{len(prompts)} prompts need {len(prompts)} durations, "
+                                             f"got {len(durations)}")
+    need(story.num_output_frames is None or (whole(story.num_output_frames) and story.num_output_frames > 0),
+         f"num_output_frames must be a whole number of latents above 0, got {story.num_output_frames}")
+    need(story.seed is None or (whole(story.seed) and 0 <= story.seed < 2**63),
+         f"seed must be a whole number from 0 to 2^63-1, got {story.seed}")
+    name = story.name
+    need(name is None or isinstance(name, str), f"name must be a text, got {name}")
+    if name is not None:
+        plain = name.isprintable() and not set(name) & set('/\\:*?"<>|') and not name.startswith(".")
+        need(plain and 0 < len(name) <= LONGEST_NAME,
+             f"name {name!r} can't be a file name; use letters, digits, - and _, at most {LONGEST_NAME}, without /")
+    return story

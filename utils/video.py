@@ -1,0 +1,184 @@
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+
+from utils.errors import UserError
+
+BLOCKS_WAITING = 4  # written but not yet taken by ffmpeg
+
+# Every frame is encoded and written as it comes: no look-ahead, one MP4 fragment a frame. What is on disk can be
+# played at any moment, and the first frames of a video do not depend on how it goes on.
+ENCODER = ["-c:v", "libx264", "-preset", "medium", "-tune", "zerolatency", "-pix_fmt", "yuv420p"]
+FRAGMENTS = ["-movflags", "+frag_every_frame+empty_moov+default_base_moof", "-flush_packets", "1"]
+# RGB → BT.709, and said so in the file: players guess otherwise, and guess differently.
+COLOURS = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
+           "-color_trc", "bt709", "-color_range", "tv"]
+
+
+class Mp4Writer:
+    """Writes frames to an H.264 MP4 while they are made.
+
+        with Mp4Writer("ball.mp4", width=832, height=480) as video:
+            video.write(frames)      # uint8 [T, H, W, 3]
+
+    Until it is closed the video is NAME.partial.mp4, playable up to the last frame written, also after a kill; then it
+    is re-packed for seeking and takes its name. Leaving the `with` by an exception closes it too, so nothing is lost.
+    """
+
+    def __init__(self, path: str | Path, *, width: int, height: int, fps: int = 16, crf: int = 18):
+        """Opens the file. Raises UserError where it can't be written."""
+        self.path = Path(path)
+        self.partial = self.path.with_name(f"{self.path.stem}.partial.mp4")
+        self.frames = 0  # handed to ffmpeg
+        self.seconds = 0.0  # that ffmpeg took for them
+        self._shape = (height, width, 3)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.open("wb").close()
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the writer
+            self._ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+        except OSError as error:
+            raise UserError(f"{self.path}: can't be written: {error.strerror}; choose another output folder") from None
+        except RuntimeError:
+            raise UserError("no ffmpeg here; install imageio-ffmpeg, or ffmpeg itself") from None
+        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+        self._process = subprocess.Popen(
+            [self._ffmpeg, "-y", "-loglevel", "error", *source, "-an", *COLOURS, *ENCODER, "-crf", str(crf),
+             "-g", str(2 * fps), *FRAGMENTS, str(self.partial.resolve())],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._errors,
+            start_new_session=True,  # Ctrl-C in the terminal is for us; ffmpeg then finishes the file
+        )
+        self._broken = False
+        self._queue: queue.Queue = queue.Queue(maxsize=BLOCKS_WAITING)
+        self._thread = threading.Thread(target=self._feed, daemon=True)
+        self._thread.start()
+
+    def write(self, frames) -> None:
+        """Appends frames, uint8 [T, H, W, 3] (tensor or array on the host). They are encoded in the background; a few
+        blocks may wait, then this waits too.
+
+        Raises ValueError for another shape or type, UserError where ffmpeg has stopped (disk full, killed).
+        """
+        array = np.ascontiguousarray(frames)
+        if array.ndim != 4 or array.shape[1:] != self._shape or array.dtype != np.uint8:
+            raise ValueError(f"frames are {array.dtype} {list(array.shape)}, the video needs uint8 "
+                             f"[T, {', '.join(map(str, self._shape))}]")
+        if self._process is None:
+            raise ValueError(f"{self.path} is closed")
+        if self._broken:
+            self._raise_failure()
+        self._queue.put(array)
+
+    def _feed(self) -> None:
+        """The thread that hands frames to ffmpeg."""
+        while (array := self._queue.get()) is not None:
+            start = time.perf_counter()
+            try:
+                if not self._broken:
+                    self._process.stdin.write(memoryview(array).cast("B"))
+                    self._process.stdin.flush()
+                    self.frames += len(array)
+            except OSError:
+                self._broken = True
+            self.seconds += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Finishes the file and gives it its name. Raises UserError where ffmpeg failed."""
+        if self._process is None:
+            return
+        start = time.perf_counter()
+        self._queue.put(None)
+        self._thread.join()
+        self.seconds += time.perf_counter() - start
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        if self._process.wait() != 0 or self._broken:
+            self._raise_failure()
+        self._process = None
+        self._errors.close()
+        if self.frames == 0:
+            self.partial.unlink()
+        else:
+            self._repack()
+
+    def _repack(self) -> None:
+        """Moves the index to the front, so that browsers seek at once. The fragmented file stands in if that fails."""
+        whole = self.path.with_name(f"{self.path.name}.part")
+        command = [self._ffmpeg, "-y", "-loglevel", "error", "-i", str(self.partial.resolve()), "-c", "copy",
+                   "-movflags", "+faststart", "-f", "mp4", str(whole.resolve())]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True,
+                              check=False)
+        if done.returncode == 0:
+            whole.replace(self.path)
+            self.partial.unlink()
+        else:
+            whole.unlink(missing_ok=True)
+            self.partial.replace(self.path)
+
+    def _raise_failure(self) -> None:
+        process, self._process = self._process, None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        self._queue.put(None)
+        code = process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        self._errors.close()
+        full = any("No space left" in line for line in lines)
+        reason = "the disk is full" if full else _describe(code, lines)
+        mend = "free some space" if full else "see that ffmpeg can run"
+        raise UserError(f"{self.path}: ffmpeg stopped after {self.frames} frames: {reason}; what was made so far is in "
+                        f"{self.partial}; {mend} and run the same command again")
+
+    def __enter__(self) -> "Mp4Writer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        before = _ignore_interrupts()
+        try:
+            self.close()
+        except UserError:
+            if error is None:
+                raise
+        finally:
+            _restore_interrupts(before)
+
+
+def _describe(code: int, lines: list[str]) -> str:
+    if code < 0:
+        return f"it was ended by signal {signal.Signals(-code).name}"
+    return lines[-1] if lines else f"exit code {code}"
+
+
+def _ignore_interrupts():
+    """A second Ctrl-C must not cut off the finishing of a file. Only a main thread can set this."""
+    try:
+        return signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:
+        return None
+
+
+def _restore_interrupts(before) -> None:
+    if before is not None:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError where no file can be made in `folder`; makes the folder."""
+    probe = folder / f".{os.getpid()}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_folder={folder}: can't be written: {error.strerror}; choose another with "
+                        f"--output-folder") from None
