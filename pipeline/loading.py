@@ -125,8 +125,8 @@ class BaseModel:
         try:
             return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: no tokenizer that transformers can load ({' '.join(str(error).split())[:160]}); "
-                            f"{GET}") from None
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"{folder}: no tokenizer that transformers can load ({reason}); {GET}") from None
 
 
 def fingerprints(config: Config) -> dict[str, str]:

@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class Timeline:
         latents = latents_for(frames)
         if len(switches) != len(prompts) - 1:
             raise ValueError(f"{len(prompts)} prompts need {len(prompts) - 1} switch indices, got {len(switches)}")
-        for before, after in zip([0, *switches], switches, strict=False):
+        for before, after in itertools.pairwise([0, *switches]):
             if after <= before:
                 raise ValueError(f"switch indices must rise from above 0, got {switches}")
             if after >= latents:

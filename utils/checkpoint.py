@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict:
 
 
 def fill(model: nn.Module, state: State, source: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """Puts `state` into a model made on the meta device. Raises UserError unless names and shapes are exactly its own."""
+    """Puts `state` into a model made on the meta device. Raises UserError unless names and shapes are its own."""
     wanted = model.state_dict()
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or extra:

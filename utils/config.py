@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ def _indices(value: Any) -> list[int] | None:
         indices = [int(str(part)) for part in value]
     except ValueError:
         raise UserError(f"switch_frame_indices={value} must be whole numbers of latents, such as [42, 81]") from None
-    if any(after <= before for before, after in zip([0, *indices], indices, strict=False)):
+    if any(after <= before for before, after in itertools.pairwise([0, *indices])):
         raise UserError(f"switch_frame_indices={indices} must rise from above 0, such as [42, 81]")
     return indices
 
@@ -202,8 +203,8 @@ def _check_values(c: Config) -> None:
             raise UserError(f"{key}={value} must be {wanted}")
 
     steps = c.denoising_step_list
-    falling = bool(steps) and all(a > b for a, b in zip(steps, steps[1:], strict=False))
-    need(falling and 0 < min(steps) and max(steps) <= 1000, "denoising_step_list", steps,
+    falling = bool(steps) and all(a > b for a, b in itertools.pairwise(steps))
+    need(falling and min(steps) > 0 and max(steps) <= 1000, "denoising_step_list", steps,
          "falling steps from at most 1000 to above 0, such as [1000, 750, 500, 250]")
     need(c.num_frame_per_block >= 1, "num_frame_per_block", c.num_frame_per_block, "at least 1 latent")
     need(c.num_output_frames >= 1, "num_output_frames", c.num_output_frames, "at least 1 latent")

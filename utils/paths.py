@@ -14,7 +14,7 @@ def locate(path: str) -> Path | None:
 
 
 def find_file(path: str, what: str, mend: str = "check the path") -> Path:
-    """The existing file at `path`. Raises UserError that says what it is, where it was looked for and how to mend it."""
+    """The existing file at `path`. Raises UserError that says where it was looked for and how to mend it."""
     found = locate(path)
     if found is None:
         raise UserError(f"{what}={path}: no such file (looked in {Path.cwd()} and {REPOSITORY}); {mend}")

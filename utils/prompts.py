@@ -65,7 +65,7 @@ def read_prompts(path: Path) -> list[Story]:
 
 
 def read_stories(path: Path) -> list[Story]:
-    """The stories of a JSONL file; blank lines are skipped. Raises UserError that names the line of whatever is wrong."""
+    """The stories of a JSONL file; blank lines are skipped. Raises UserError that names the line of what is wrong."""
     stories = [_story(line, f"{path}, line {number}")
                for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     if not stories:

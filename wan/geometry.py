@@ -1,4 +1,4 @@
-"""How latents map to pixels and frames: 8×8 pixels and 4 frames a latent, but the video's first latent gives 1 frame."""
+"""How latents map to pixels and frames: 8×8 pixels and 4 frames a latent; the first latent of a video gives 1 frame."""
 
 import math
 

@@ -154,7 +154,7 @@ class CausalWan(nn.Module):
         `cache.begin` picked. Returned in the dtype of `latents`.
         """
         weight = self.patch_embedding.weight
-        batch, frames, _, height, width = latents.shape
+        batch, frames, _, height, _ = latents.shape
         x = self.patch_embedding(latents.to(weight.dtype).transpose(1, 2))
         x = rearrange(x, "b d f h w -> b f (h w) d")
         t = torch.full((batch, frames), t, dtype=torch.float64, device=latents.device)

@@ -1,4 +1,4 @@
-"""3-axis rotary position embedding (Su et al. 2021, arXiv:2104.09864) as Wan 2.1 splits it over frame, row and column."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) over three axes, split as in Wan 2.1."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,77 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from demo.random_checkpoint import Sizes, write
+from utils.config import Adapter, Config
+from wan.model import WanConfig
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "data/golden"
+
+TINY = Sizes(
+    WanConfig(dim=32, ffn_dim=64, freq_dim=16, text_dim=32, num_heads=2, num_layers=2),
+    {"base_dim": 4}, {"vocab_size": 512, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4},
+    lora_rank=4, text_dtype=torch.float32,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A folder with a very small random model in the released layout, `tiny/`."""
+    folder = tmp_path_factory.mktemp("models")
+    write(folder / "tiny", TINY, seed=0, device="cpu")
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_folder, tmp_path) -> Config:
+    """A config of the very small model: 48×32 pixels, two blocks, into the test's own folder."""
+    return Config(
+        wan_folder=str(tiny_folder), model_name="tiny", generator_ckpt=str(tiny_folder / "tiny/models/longlive_base.pt"),
+        lora_ckpt=str(tiny_folder / "tiny/models/lora.pt"), adapter=Adapter(rank=4, alpha=4),
+        text_encoder_dtype="float32", height=32, width=48, num_output_frames=6, output_folder=str(tmp_path / "videos"),
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def tiny_yaml(tiny_config, tmp_path) -> Path:
+    """The same config as a YAML file."""
+    from omegaconf import OmegaConf
+
+    path = tmp_path / "tiny.yaml"
+    OmegaConf.save(OmegaConf.create(dataclasses.asdict(tiny_config)), path)
+    return path
+
+
+@dataclasses.dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    def error_line(self) -> str:
+        """The one line that says what is wrong; asserts that there is one, no traceback, and exit code 2."""
+        assert self.code == 2, (self.code, self.err)
+        assert "Traceback" not in self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        assert self.err.strip().splitlines()[-1] == lines[0]
+        return lines[0]
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Runs a front-end as a user does: run_script("inference.py", "--prompt", "a ball", …) → Outcome."""
+
+    def run(script: str, *args, cwd: Path = tmp_path, timeout: float = 120, env: dict | None = None) -> Outcome:
+        command = [sys.executable, str(REPOSITORY / script), *map(str, args)]
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, timeout=timeout, check=False)
+        return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
