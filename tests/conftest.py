@@ -32,7 +32,8 @@ def tiny_folder(tmp_path_factory) -> Path:
 def tiny_config(tiny_folder, tmp_path) -> Config:
     """A config of the very small model: 48×32 pixels, two blocks, into the test's own folder."""
     return Config(
-        wan_folder=str(tiny_folder), model_name="tiny", generator_ckpt=str(tiny_folder / "tiny/models/longlive_base.pt"),
+        wan_folder=str(tiny_folder), model_name="tiny",
+        generator_ckpt=str(tiny_folder / "tiny/models/longlive_base.pt"),
         lora_ckpt=str(tiny_folder / "tiny/models/lora.pt"), adapter=Adapter(rank=4, alpha=4),
         text_encoder_dtype="float32", height=32, width=48, num_output_frames=6, output_folder=str(tmp_path / "videos"),
         device="cpu",
