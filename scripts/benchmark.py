@@ -24,7 +24,7 @@ from pipeline.timeline import Timeline
 from utils.checkpoint import fill
 from utils.config import Config, load_config
 from utils.device import pick_device, pick_dtype
-from utils.report import peak_gpu, peak_host
+from utils.report import peak_gpu, resident
 from utils.video import Mp4Writer
 from wan.geometry import frames_of
 from wan.model import CausalWan
@@ -83,7 +83,8 @@ class Result:
     switch_to_frame: float | None  # from set_prompt to the first frames under the new prompt on the host
     encode_per_block: float
     peak_gpu_gib: float
-    peak_host_gib: float
+    host_gib: float  # at the end of the video
+    host_growth_mib: float  # since the window was full
 
 
 def make(engine: Engine, name: str, timeline: Timeline, folder: Path) -> Result:
@@ -93,7 +94,8 @@ def make(engine: Engine, name: str, timeline: Timeline, folder: Path) -> Result:
         torch.cuda.reset_peak_memory_stats(engine.device)
     start = time.perf_counter()
     session = engine.session(seed=0)
-    walls, switches, previous = [], [], None
+    full = min((config.window or 0) // config.num_frame_per_block + 1, len(timeline) - 1)
+    walls, switches, previous, host = [], [], None, 0
     with Mp4Writer(folder / f"{name}.mp4", width=config.width, height=config.height, fps=config.fps,
                    crf=config.crf) as video:
         for prompt in timeline:
@@ -105,9 +107,9 @@ def make(engine: Engine, name: str, timeline: Timeline, folder: Path) -> Result:
                 switches.append(walls[-1])
             previous = prompt
             video.write(frames)
+            host = resident() if len(walls) == full else host
     total = time.perf_counter() - start
     stages = session.watch.read()
-    full = min((config.window or 0) // config.num_frame_per_block + 1, len(walls) - 1)
     denoise, decode = stages["denoise"], stages["decode"]
     clean = statistics.median(stages["clean pass"][full - 1:] or [0.0])
 
@@ -119,7 +121,7 @@ def make(engine: Engine, name: str, timeline: Timeline, folder: Path) -> Result:
         ms(stages["re-cache"]) if "re-cache" in stages else None, ms(walls[full:]),
         round(timeline.frames / total, 2), ms(walls[:1]), ms(switches) if switches else None,
         round(1000 * video.seconds / len(walls), 1), round(peak_gpu(engine.device) / 2**30, 3),
-        round(peak_host() / 2**30, 3),
+        round(resident() / 2**30, 3), round((resident() - host) / 2**20, 1),
     )
 
 

@@ -49,6 +49,15 @@ def peak_host() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def resident() -> int:
+    """Bytes of host memory that this process has resident now (its peak where the system does not tell)."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_host()
+
+
 def to_json(reports: list[RankReport]) -> dict[str, Any]:
     return {"totals": _totals(reports), "ranks": [asdict(report) for report in reports]}
 

@@ -1,6 +1,6 @@
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WanVAE:
@@ -13,8 +13,13 @@ class WanVAE:
     def parameter(self) -> Tensor:
         return self.model.post_quant_conv.weight
 
-    def to(self, device, dtype: torch.dtype | None = None) -> "WanVAE":
-        self.model.to(device, dtype)
+    def to(self, device: torch.device) -> "WanVAE":
+        """Moves the weights. On a GPU convolutions then work channels-last, as its tensor cores read."""
+        self.model.to(device)
+        if self.parameter.is_cuda:
+            for module in self.model.modules():
+                if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                    module.weight.data = _channels_last(module.weight.data)
         return self
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
@@ -41,6 +46,10 @@ class WanVAE:
         return WanStream(self)
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
 class WanStream:
     """Decodes one video block by block; the same frames as `WanVAE.decode` gives for all its latents together.
 
@@ -59,6 +68,8 @@ class WanStream:
         """The video's next latents [B, F, 16, h, w] → their frames [B, T, 3, H, W] in [-1, 1]; T = 4F, or 4F−3 at
         the start of the video."""
         latents = latents.transpose(1, 2).to(self.mean.dtype) * self.std + self.mean
+        if latents.is_cuda:
+            latents = _channels_last(latents)
         frames = []
         for latent in self.model.post_quant_conv(latents).split(1, dim=2):
             first, self.started = not self.started, True
