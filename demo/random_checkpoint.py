@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from wan.model import CausalWan, WanConfig
 
-PROMPTS = Path(__file__).parent / "prompts.txt"
+CAPTIONS = Path(__file__).parent / "captions.txt"
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ def lora(model: nn.Module, rank: int, device: str, generator: torch.Generator) -
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned from the shipped prompts, with UMT5's special tokens; every text has tokens."""
+    """Byte-level BPE learned from a few captions, with UMT5's special tokens; every text has tokens."""
     tokens = Tokenizer(models.BPE(unk_token="<unk>"))
     tokens.normalizer = normalizers.NFKC()
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel()
     tokens.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokens.train_from_iterator(PROMPTS.read_text("utf-8").splitlines(), trainer)
+    tokens.train_from_iterator(CAPTIONS.read_text("utf-8").splitlines(), trainer)
     tokens.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 

@@ -173,7 +173,8 @@ def main() -> None:
     if args.switches:
         n = args.latents[-1]
         prompts = ["a" * (i + 1) for i in range(args.switches + 1)]
-        results.append(make(engine, f"switches-{n}", Timeline.evenly(prompts, block=block, frames=frames_of(n)), folder))
+        timeline = Timeline.evenly(prompts, block=block, frames=frames_of(n))
+        results.append(make(engine, f"switches-{n}", timeline, folder))
     print(table(results))
     if args.json:
         args.json.write_text(json.dumps({"device": str(engine.device), "config": config.to_dict(),
