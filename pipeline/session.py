@@ -68,7 +68,9 @@ class Session:
         with self.watch.stage("decode"):
             frames = self.decode(latents)[0].float().mul(127.5).add(127.5).round().to(torch.uint8)
             frames = frames.permute(0, 2, 3, 1).contiguous()
-        return download(frames)
+        frames = download(frames)
+        self.watch.read()  # the device is done with this block, so its events can go
+        return frames
 
     @torch.inference_mode()
     def step_latents(self) -> Tensor:

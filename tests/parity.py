@@ -103,7 +103,8 @@ def generator_case(folder: Path, name: str, recorded: dict[str, Tensor], case: d
 
 def text_case(folder: Path, name: str, recorded: dict[str, Tensor]) -> Iterator[Result]:
     with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**{"feed_forward_proj": "gated-gelu", **read_json(folder / "t5_config.json")}))
+        sizes = {"feed_forward_proj": "gated-gelu", **read_json(folder / "t5_config.json")}
+        model = UMT5EncoderModel(UMT5Config(**sizes))
     path = folder / "models_t5_umt5-xxl-enc-bf16.pth"
     fill(model, text_encoder_from_wan(read(path)), str(path), torch.float32)
     embeds = encode(model, recorded["input_ids"], recorded["attention_mask"])

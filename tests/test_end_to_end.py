@@ -1,5 +1,6 @@
 """Whole videos, through the front-ends' own code, with a very small random model on the CPU."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 import inference
 import interactive_inference
+from demo.random_checkpoint import write
+from tests.conftest import REPOSITORY, TINY
 from tests.frames import decode_errors, read_frames
 
 
@@ -141,3 +144,20 @@ def test_endless_works_in_both_front_ends(make):
     assert len(endless) == 93 and (absolute[:45] == endless[:45]).all() and (absolute[45:] != endless[45:]).any()
     switched = make(interactive_inference, "--prompt", "a", "--prompt", "b", *args, relative, folder="3")
     assert len(read_frames(switched / "0000-0.mp4")) == 93
+
+
+@pytest.mark.parametrize("name", ["longlive_inference", "longlive_interactive_inference", "longlive_inference_infinity"])
+def test_the_original_configs_run_unedited(name, tmp_path, monkeypatch):
+    """In a folder laid out as the original's: wan_models/, longlive_models/, prompts. Only smaller and shorter."""
+    sizes = dataclasses.replace(TINY, lora_rank=256)
+    write(tmp_path / "wan_models/Wan2.1-T2V-1.3B", sizes, seed=0, device="cpu")
+    (tmp_path / "longlive_models/prompts").mkdir(parents=True)
+    (tmp_path / "wan_models/Wan2.1-T2V-1.3B/models").rename(tmp_path / "longlive_models/models")
+    (tmp_path / "longlive_models/prompts/vidprom_filtered_extended.txt").write_text("a ball\n")
+    (tmp_path / "longlive_models/prompts/interactive_example.jsonl").write_text('{"prompts": ["a", "b"]}\n')
+    monkeypatch.chdir(tmp_path)
+    front_end = interactive_inference if "interactive" in name else inference
+    front_end.main(["--config_path", str(REPOSITORY / f"tests/data/{name}.yaml"), "--num-output-frames", "6",
+                    "height=32", "width=48", "device=cpu"])
+    (video,) = tmp_path.glob("videos/*/0000-0.mp4")
+    assert len(read_frames(video)) == 21
