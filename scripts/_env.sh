@@ -1,7 +1,7 @@
 # Sourced by the other scripts. Sets ROOT; ensure_env sets PYTHON to an interpreter that has what a requirements file
 # names, in .venv, made and filled on the first run.
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 fail() {
   echo "error: $*" >&2
@@ -11,7 +11,7 @@ fail() {
 # ensure_env requirements.txt
 # LONGLIVE_PYTHON=/path/to/python uses that interpreter as it is, and installs nothing.
 ensure_env() {
-  local requirements="$ROOT/$1" venv="$ROOT/.venv" base
+  local requirements="$ROOT/$1" venv="$ROOT/.venv" base made
   if [ -n "${LONGLIVE_PYTHON:-}" ]; then
     PYTHON="$LONGLIVE_PYTHON"
     return
@@ -30,8 +30,9 @@ print(hashlib.sha256(sys.stdin.buffer.read() + sys.version.encode()).hexdigest()
   if ! "$PYTHON" -c '' 2>/dev/null; then
     echo "Making $venv" >&2
     rm -rf "$venv"
-    "$base" -m venv "$venv" >"${TMPDIR:-/tmp}/longlive-venv.log" 2>&1 || {
+    made="$("$base" -m venv "$venv" 2>&1)" || {
       rm -rf "$venv"
+      echo "$made" >&2
       fail "$base can't make a virtual environment; on Debian or Ubuntu: sudo apt install python3-venv (or set LONGLIVE_PYTHON to an interpreter that has what $1 names)"
     }
   fi
@@ -42,14 +43,21 @@ print(hashlib.sha256(sys.stdin.buffer.read() + sys.version.encode()).hexdigest()
 }
 
 # Number of GPUs that a program started now would see.
-visible_gpus() {
+visible_gpus() {  # grep -c fails where it counts 0, nvidia-smi where there is no driver
   if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-    echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9A-Za-z]'
+    echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '[0-9A-Za-z]' || true
   elif command -v nvidia-smi >/dev/null; then
-    nvidia-smi -L 2>/dev/null | grep -c '^GPU'
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
   else
     echo 0
   fi
+}
+
+# threads_each 8: CPU cores for each of 8 processes, at least 1.
+threads_each() {
+  local cores
+  cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)"
+  echo "$((cores > $1 ? cores / $1 : 1))"
 }
 
 # run_front_end inference.py arguments…: one process, or one for each GPU where there are several.
@@ -58,7 +66,10 @@ run_front_end() {
   local program="$ROOT/$1" processes
   shift
   processes="${LONGLIVE_PROCESSES:-$(visible_gpus)}"
+  case "$processes" in *[!0-9]*) fail "LONGLIVE_PROCESSES=$processes is not a number of processes" ;; esac
   if [ "$processes" -gt 1 ]; then
+    # torchrun gives each process one thread where this is not set; the text encoder may run on the CPU.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_each "$processes")}"
     exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" "$program" "$@"
   fi
   exec "$PYTHON" "$program" "$@"
