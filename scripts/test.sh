@@ -4,4 +4,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 ensure_env requirements-test.txt
 cd "$ROOT"
-CUDA_VISIBLE_DEVICES="" exec "$PYTHON" -m pytest -m "not gpu" "$@"
+# One thread: on tensors as small as the tests' several wait for each other, on a busy machine for minutes.
+CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" exec "$PYTHON" -m pytest -m "not gpu" "$@"
