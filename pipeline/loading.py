@@ -13,6 +13,7 @@ from utils.checkpoint import (
     cached,
     fill,
     fingerprint,
+    folder_files,
     merge_loras,
     merged_path,
     pick_generator,
@@ -68,12 +69,12 @@ class BaseModel:
 
     def files(self, config: Config) -> list[Path]:
         """The files of this folder that a video of `config` is made with."""
-        names = ["text_encoder/*.safetensors", "vae/*.safetensors", "transformer/*.safetensors"] if self.is_diffusers \
+        names = ["text_encoder", "vae", "transformer"] if self.is_diffusers \
             else ["models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "diffusion_pytorch_model.safetensors"]
         needed = [names[0], *([names[1]] if config.vae_ckpt is None else []),
                   *([names[2]] if config.generator_ckpt is None else [])]
         if self.is_diffusers:
-            return [file for name in needed for file in sorted(self.folder.glob(name))]
+            return [file for name in needed for file in folder_files(self.folder / name)]
         return [self._file(name) for name in needed]
 
     def generator_config(self) -> WanConfig:
@@ -91,7 +92,7 @@ class BaseModel:
         """The base model's own transformer, in native names, and the files it is in."""
         if self.is_diffusers:
             folder = self.folder / "transformer"
-            return generator_from_diffusers(read_folder(folder)), sorted(folder.glob("*.safetensors"))
+            return generator_from_diffusers(read_folder(folder)), folder_files(folder)
         path = self._file("diffusion_pytorch_model.safetensors")
         return generator_names(read(path)), [path]
 
@@ -134,7 +135,8 @@ def fingerprints(config: Config) -> dict[str, str]:
     given = [("generator_ckpt", config.generator_ckpt), ("vae_ckpt", config.vae_ckpt),
              *(("lora_ckpt", lora.path) for lora in config.loras)]
     files = {path: find_file(path, what, GET) for what, path in given if path is not None}
-    files |= {f"{config.model_name}/{file.name}": file for file in BaseModel(config).files(config)}
+    base = BaseModel(config)
+    files |= {f"{config.model_name}/{file.relative_to(base.folder).as_posix()}": file for file in base.files(config)}
     return {name: fingerprint(file) for name, file in files.items()}
 
 
@@ -186,4 +188,5 @@ def load_text_encoder(config: Config, base: BaseModel, max_tokens: int) -> TextE
     """The text encoder and its tokenizer on the CPU."""
     model, state, source = base.text_state()
     model = fill(model, state, source, DTYPES[config.text_encoder_dtype])
+    model.set_input_embeddings(model.shared)  # one matrix again: as two, a move to the GPU would make 2 GB more of it
     return TextEncoder(model, base.tokenizer(), max_tokens)

@@ -56,9 +56,10 @@ def _load_torch(path: Path) -> dict:
     return contents
 
 
-def read_folder(folder: Path) -> State:
-    """All tensors of a Diffusers sub-folder: one safetensors file or several with an index."""
-    files = sorted(folder.glob("*.safetensors"))
+def folder_files(folder: Path) -> list[Path]:
+    """The safetensors files of a Diffusers sub-folder: one, or several with an index. Raises UserError where one is
+    missing."""
+    files = sorted(file for file in folder.glob("*.safetensors") if ".merged-" not in file.name)  # those `cached` made
     if not files:
         raise UserError(f"{folder}: no .safetensors file in it; {GET}")
     indices = sorted(folder.glob("*.safetensors.index.json"))
@@ -68,8 +69,13 @@ def read_folder(folder: Path) -> State:
         if missing:
             raise UserError(f"{folder / missing[0]}: no such file, but {indices[0].name} names it; {GET}")
         files = [file for file in files if file.name in named]
+    return files
+
+
+def read_folder(folder: Path) -> State:
+    """All tensors of a Diffusers sub-folder."""
     state: State = {}
-    for file in files:
+    for file in folder_files(folder):
         state.update(read(file))
     return state
 
@@ -159,7 +165,7 @@ def fingerprint(path: Path, probes: int = 64, width: int = 1 << 16) -> str:
 
 def merged_path(sources: list[Path], recipe: dict) -> Path:
     """Where the merged generator of these source files and this recipe is cached: beside the first of them."""
-    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+    facts = [(str(path.resolve()), path.stat().st_mtime_ns, fingerprint(path)) for path in sources]
     key = hashlib.sha256(json.dumps([CACHE_FORMAT, facts, recipe], sort_keys=True).encode()).hexdigest()[:12]
     return sources[0].with_name(f"{sources[0].stem}.merged-{key}.safetensors")
 
@@ -181,6 +187,7 @@ def cached(path: Path, make: Callable[[], State]) -> State:
         temporary.replace(path)
         log.info("Wrote %s; the next start reads it and merges nothing", path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         log.warning("Could not keep the merged generator beside its sources: %s", " ".join(str(error).split()))
+    finally:
+        temporary.unlink(missing_ok=True)  # gigabytes, also where the user interrupts
     return state
