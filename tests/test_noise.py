@@ -73,6 +73,13 @@ def test_noise_is_standard_normal_and_independent():
     assert 2.5e-3 < (drawn.abs() > 3).float().mean() < 2.9e-3  # 0.27 % of a normal lies beyond three deviations
 
 
+def test_no_stretch_of_numbers_comes_back_elsewhere():
+    places = list(itertools.product([0, 1], [0, 1], [0, 1, 2], [None, 0, 1]))
+    drawn = torch.stack([draw(place, BIG) for place in places]).flatten(1)
+    pairs = torch.stack([drawn[:, :-1], drawn[:, 1:]], -1).view(torch.int64)  # two neighbours as one number
+    assert len(pairs.unique()) == pairs.numel()
+
+
 # The first numbers of each; a change here changes every video that anyone has made.
 RECORDED = {
     (0, 0, 0, None): [0.059911035, 0.015559634, -1.1644385, -0.13264713],

@@ -139,6 +139,13 @@ def test_durations_keep_exact_frames(durations):
         assert begins <= asked_frame < begins + 4  # the latent that shows the frame at which the prompt was asked
 
 
+@pytest.mark.parametrize(("durations", "number"), [([0.02, 1], 1), ([0.1, 0.1, 1], 2), ([1, 0.01, 1], 2)])
+def test_duration_too_short_to_show_is_refused_in_its_own_words(durations, number):
+    story = Story(["a", "b", "c"][: len(durations)], durations=durations, where="stories.jsonl, line 4")
+    with pytest.raises(UserError, match=rf"line 4: prompt {number} lasts {durations[number - 1]} s.*at least 0.25 s"):
+        story.timeline(CONFIG, frames=1)
+
+
 def test_durations_in_whole_blocks_switch_there():
     timeline = Story(["a", "b"], durations=[9 / 16, 12 / 16]).timeline(CONFIG, frames=1)
     assert list(timeline) == ["a", "b"] and timeline.frames == 21

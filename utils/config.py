@@ -212,7 +212,8 @@ def _check_values(c: Config) -> None:
     need(c.inference_iter == -1 or c.inference_iter >= 1, "inference_iter", c.inference_iter, "-1 (all) or at least 1")
     need(0 <= c.seed < 2**63, "seed", c.seed, "from 0 to 2^63-1")
     need(0 <= c.context_noise <= 1000, "context_noise", c.context_noise, "a timestep from 0 to 1000")
-    need(c.model_kwargs.timestep_shift > 0, "model_kwargs.timestep_shift", c.model_kwargs.timestep_shift, "above 0")
+    shift = c.model_kwargs.timestep_shift
+    need(0 < shift < float("inf"), "model_kwargs.timestep_shift", shift, "a number above 0")
     need(c.adapter.type == "lora", "adapter.type", c.adapter.type, "lora")
     need(c.adapter.rank >= 1, "adapter.rank", c.adapter.rank, "at least 1")
     need(c.fps >= 1, "fps", c.fps, "at least 1")
@@ -259,5 +260,7 @@ def _check_loras(value: Any) -> None:
             numbers = [entry.get(key, 1.0) for key in ("weight", "rank", "alpha")]
             if not isinstance(entry.get("path"), str) or not all(isinstance(n, (int, float)) for n in numbers):
                 raise UserError(f"{wanted}, got {entry}")
+            if entry.get("rank", 1) < 1:
+                raise UserError(f"lora_ckpt: rank={entry['rank']} must be at least 1")
         elif entry is not None and not isinstance(entry, str):
             raise UserError(f"{wanted}, got {entry}")

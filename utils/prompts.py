@@ -1,5 +1,6 @@
 """Prompt files: one prompt a line, or JSONL with a story (prompts over time) a line."""
 
+import itertools
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,7 +9,7 @@ from pipeline.timeline import Timeline
 from utils.config import Config, nearest
 from utils.errors import UserError
 from utils.paths import read_text
-from wan.geometry import frames_of, latents_for
+from wan.geometry import FRAMES, frames_of, latents_for
 
 LONGEST_NAME = 100
 
@@ -38,6 +39,10 @@ class Story:
             if self.durations is not None:
                 ends = [round(sum(self.durations[: i + 1]) * config.fps) for i in range(len(self.durations))]
                 switches = [latents_for(end + 1) - 1 for end in ends[:-1]]
+                for number, (before, after) in enumerate(itertools.pairwise([0, *switches]), 1):
+                    if after == before:
+                        raise ValueError(f"prompt {number} lasts {self.durations[number - 1]} s, too short to show; "
+                                         f"give it at least {FRAMES / config.fps:.3g} s (one latent) or leave it out")
                 return Timeline.build(self.prompts, switches, block=block, frames=max(ends[-1], 1))
             if switches is None and _fits(config.switch_frame_indices, len(self.prompts), latents_for(frames)):
                 switches = config.switch_frame_indices
