@@ -37,10 +37,13 @@ def read(path: Path) -> dict:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a mapping
         return _load_torch(path)
     except pickle.UnpicklingError as error:
-        reason = re.search(r"Unsupported (?:global|class)[^.]*|GLOBAL [\w.]+", str(error))
-        detail = f" ({reason[0].strip()})" if reason else ""
-        raise UserError(f"{path}: refused, this file holds more than tensors and loading it could run code{detail}; "
-                        f"get it from a source that you trust, as .safetensors or as plain tensors") from None
+        asked = re.search(r"GLOBAL ([\w.]*\w)", str(error))
+        if asked is None:  # a web page or a Git LFS pointer in the file's place, or a pickle that torch can't follow
+            raise UserError(f"{path}: not a checkpoint of plain tensors, {path.stat().st_size:,} bytes; "
+                            f"fetch it again, from a source that you trust") from None
+        raise UserError(f"{path}: refused, this file holds more than tensors and loading it could run code (it asks "
+                        f"for {asked[1]}); get it from a source that you trust, as .safetensors or as plain tensors"
+                        ) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: not a whole checkpoint, {path.stat().st_size:,} bytes ({reason}); "
@@ -131,6 +134,8 @@ def merge_loras(state: State, loras: list[LoraFile], verbose: bool = False) -> S
         path = find_file(lora.path, "lora_ckpt", GET)
         contents = read(path)
         modules = lora_modules(contents.get("generator_lora", contents))
+        if not modules:
+            raise UserError(f"{path}: no LoRA in it; is it the right file?")
         unmatched = [name for name, parts in modules.items()
                      if f"{name}.weight" not in state or set(parts) != {"A", "B"}]
         if unmatched:
