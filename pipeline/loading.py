@@ -156,8 +156,7 @@ def load_generator(config: Config, base: BaseModel, dtype: torch.dtype) -> Causa
     def make() -> State:
         state = read_base()
         fill(model, state, source)  # before the LoRAs, so that a wrong file is named for what it is
-        merged = merge_loras(state, config.loras, config.adapter.verbose)
-        return {name: value.to(dtype) for name, value in merged.items()}
+        return merge_loras(state, config.loras, dtype, config.adapter.verbose)
 
     lora_files = [find_file(lora.path, "lora_ckpt", GET) for lora in config.loras]
     if config.cache_merged and (lora_files or dtype != torch.float32):

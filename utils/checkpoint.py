@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,36 +125,49 @@ def pick_generator(contents: dict, use_ema: bool, path: Path) -> State:
                     + ("; set use_ema: false" if use_ema else ""))
 
 
-def merge_loras(state: State, loras: list[LoraFile], verbose: bool = False) -> State:
-    """W + Σ weight·alpha/rank·B·A for every module that a LoRA names, in float32.
+def merge_loras(state: State, loras: list[LoraFile], dtype: torch.dtype = torch.float32,
+                verbose: bool = False) -> State:
+    """W + Σ weight·alpha/rank·B·A for every module that a LoRA names, added up in float32, returned in `dtype`.
 
     Raises UserError where a LoRA names a module that the generator lacks, or has another rank than was said.
     """
-    merged = dict(state)
+    changes: dict[str, list[tuple[float, Tensor, Tensor]]] = defaultdict(list)
     for lora in loras:
-        path = find_file(lora.path, "lora_ckpt", GET)
-        contents = read(path)
-        modules = lora_modules(contents.get("generator_lora", contents))
-        if not modules:
-            raise UserError(f"{path}: no LoRA in it; is it the right file?")
-        unmatched = [name for name, parts in modules.items()
-                     if f"{name}.weight" not in state or set(parts) != {"A", "B"}]
-        if unmatched:
-            raise UserError(f"{path}: {len(unmatched)} of {len(modules)} LoRA modules match nothing in the generator, "
-                            f"such as {unmatched[0]}; is it a LoRA for this model?")
+        path, modules = _read_lora(lora, state)
         for name, parts in modules.items():
-            a, b, key = parts["A"].float(), parts["B"].float(), f"{name}.weight"
-            if len(a) != lora.rank:
-                raise UserError(f"{path}: has rank {len(a)}, but adapter.rank={lora.rank}; set adapter.rank={len(a)} "
-                                f"and adapter.alpha to what it was trained with")
-            if (b.shape[0], a.shape[1]) != tuple(merged[key].shape) or b.shape[1] != len(a):
-                raise UserError(f"{path}: {name} is {b.shape[0]}×{a.shape[1]}, the generator's is "
-                                f"{'×'.join(map(str, merged[key].shape))}; is it a LoRA for this model?")
-            merged[key] = merged[key].float() + lora.weight * lora.alpha / lora.rank * (b @ a)
+            changes[f"{name}.weight"].append((lora.weight * lora.alpha / lora.rank, parts["A"], parts["B"]))
             if verbose:
                 log.info("  %s", name)
         log.info("LoRA %s: %d of %d modules applied, weight %g", path, len(modules), len(modules), lora.weight)
-    return merged
+
+    def merged(name: str, value: Tensor) -> Tensor:
+        for scale, a, b in changes.get(name, []):
+            value = value.float() + scale * (b.float() @ a.float())
+        return value.to(dtype)
+
+    return {name: merged(name, value) for name, value in state.items()}
+
+
+def _read_lora(lora: LoraFile, state: State) -> tuple[Path, dict[str, dict[str, Tensor]]]:
+    """A LoRA's file and its modules, all of which fit the generator `state`."""
+    path = find_file(lora.path, "lora_ckpt", GET)
+    contents = read(path)
+    modules = lora_modules(contents.get("generator_lora", contents))
+    if not modules:
+        raise UserError(f"{path}: no LoRA in it; is it the right file?")
+    unmatched = [name for name, parts in modules.items() if f"{name}.weight" not in state or set(parts) != {"A", "B"}]
+    if unmatched:
+        raise UserError(f"{path}: {len(unmatched)} of {len(modules)} LoRA modules match nothing in the generator, "
+                        f"such as {unmatched[0]}; is it a LoRA for this model?")
+    for name, parts in modules.items():
+        a, b, wanted = parts["A"].shape, parts["B"].shape, state[f"{name}.weight"].shape
+        if a[0] != lora.rank:
+            raise UserError(f"{path}: has rank {a[0]}, but adapter.rank={lora.rank}; set adapter.rank={a[0]} and "
+                            f"adapter.alpha to what it was trained with")
+        if (b[0], a[1]) != tuple(wanted) or b[1] != a[0]:
+            raise UserError(f"{path}: {name} is {b[0]}×{a[1]}, the generator's is {'×'.join(map(str, wanted))}; "
+                            f"is it a LoRA for this model?")
+    return path, modules
 
 
 def fingerprint(path: Path, probes: int = 64, width: int = 1 << 16) -> str:
