@@ -21,6 +21,7 @@ from wan.model import CausalWan
 from wan.rope import RotaryEmbedding
 
 State = dict[str, torch.Tensor]
+SIZES = dataclasses.replace(TINY.generator, dim=44)  # heads of 22: the three axes of RoPE have 5, 3 and 3 pairs
 
 # Wan's own names → diffusers' names of the transformer, replaced in this order.
 TRANSFORMER = [
@@ -83,7 +84,7 @@ def one_thread():
 def generator_state() -> State:
     torch.manual_seed(0)
     with torch.device("meta"):
-        shapes = CausalWan(TINY.generator).state_dict()
+        shapes = CausalWan(SIZES).state_dict()
     return {name: torch.randn(value.shape) * (1 if value.dim() == 1 else 0.2) for name, value in shapes.items()}
 
 
@@ -91,10 +92,9 @@ def generator_state() -> State:
 def models(tiny_folder, generator_state, tmp_path_factory) -> Path:
     """A folder with the same model three times: `diffusers`, `sharded` (its transformer in several files), `native`."""
     folder = tmp_path_factory.mktemp("layouts")
-    sizes = TINY.generator
     transformer = WanTransformer3DModel(
-        num_attention_heads=sizes.num_heads, attention_head_dim=sizes.head_dim, in_channels=16, out_channels=16,
-        text_dim=sizes.text_dim, freq_dim=sizes.freq_dim, ffn_dim=sizes.ffn_dim, num_layers=sizes.num_layers)
+        num_attention_heads=SIZES.num_heads, attention_head_dim=SIZES.head_dim, in_channels=16, out_channels=16,
+        text_dim=SIZES.text_dim, freq_dim=SIZES.freq_dim, ffn_dim=SIZES.ffn_dim, num_layers=SIZES.num_layers)
     transformer.load_state_dict({replaced(name, TRANSFORMER): value for name, value in generator_state.items()})
     for name, shard in (("diffusers", "1GB"), ("sharded", "40KB")):
         shutil.copytree(tiny_folder / "tiny", folder / name, ignore=shutil.ignore_patterns("transformer", "models"))
@@ -103,10 +103,10 @@ def models(tiny_folder, generator_state, tmp_path_factory) -> Path:
     native = folder / "native"
     shutil.copytree(folder / "diffusers/tokenizer", native / "google/umt5-xxl")
     save_file(generator_state, native / "diffusion_pytorch_model.safetensors")
-    config = {key: getattr(sizes, key) for key in ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads",
+    config = {key: getattr(SIZES, key) for key in ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads",
                                                    "num_layers", "eps", "text_len")}
     (native / "config.json").write_text(json.dumps(
-        {"_class_name": "WanModel", "model_type": "t2v", **config, "text_dim": sizes.text_dim}))
+        {"_class_name": "WanModel", "model_type": "t2v", **config, "text_dim": SIZES.text_dim}))
     text = load_file(folder / "diffusers/text_encoder/model.safetensors")
     torch.save({replaced(name, TEXT): value for name, value in text.items()},
                native / "models_t5_umt5-xxl-enc-bf16.pth")
@@ -148,7 +148,7 @@ def clip() -> tuple[torch.Tensor, torch.Tensor]:
     """Latents [2, 5, 16, 4, 6] and embeddings [2, 7, text_dim]."""
     random = torch.Generator().manual_seed(1)
     return (torch.randn(2, 5, 16, 4, 6, generator=random),
-            torch.randn(2, 7, TINY.generator.text_dim, generator=random))
+            torch.randn(2, 7, SIZES.text_dim, generator=random))
 
 
 def test_native_names_of_this_test_are_those_of_the_recorded_files(models):
