@@ -18,10 +18,11 @@ from pipeline.engine import Engine
 from pipeline.timeline import Segment, Timeline
 from utils.config import Config
 from utils.errors import UserError
+from utils.interrupts import held
 from utils.prompts import Story
 from utils.report import VideoTimes, peak_gpu
 from utils.video import Mp4Writer
-from wan.geometry import first_frame
+from wan.geometry import first_frame, frames_of
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def _name(story: Story, number: int, sample: int, config: Config) -> str:
         return story.name if config.num_samples == 1 else f"{story.name}-{sample}"
     if config.save_with_index:
         return f"{number:04d}-{sample}"
-    words = re.sub(r"[^\w]+", "-", story.prompts[0].lower())[:60].strip("-_")
+    words = re.sub(r"[^\w]+", "-", story.prompts[0].lower())[:60].encode()[:160].decode(errors="ignore").strip("-_")
     return f"{words or 'video'}-{sample}"
 
 
@@ -105,14 +106,19 @@ def _read_sidecar(path: Path) -> dict:
 
 def remake_job(path: Path, config: Config, weights: dict[str, str], overwrite: bool) -> tuple[list[Job], list[Path]]:
     """The video that the .json beside an MP4 describes, as `plan_jobs` gives it. Raises UserError where it is none."""
-    told = _read_sidecar(path).get("request")
+    told, block = _read_sidecar(path).get("request"), config.num_frame_per_block
     try:
-        segments = tuple(Segment(**segment) for segment in told["prompts"])
-        timeline = Timeline(segments, (), config.num_frame_per_block, told["latents"], told["frames"])
-        seed, sample = told["seed"], told["sample"]
-    except (KeyError, TypeError):
-        raise UserError(f"{path}: not a description of a video; give the .json that lies beside an .mp4") from None
-    changed = [file for file, mark in told["weights"].items() if weights.get(file) != mark]
+        segments = tuple(Segment(str(s["prompt"]), int(s["asked"]), int(s["latent"])) for s in told["prompts"])
+        latents, frames, seed, sample = (int(told[key]) for key in ("latents", "frames", "seed", "sample"))
+        changed = [file for file, mark in told["weights"].items() if weights.get(file) != mark]
+        if segments[0].latent != 0 or not 0 < frames <= frames_of(latents) or seed < 0 or sample < 0:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        raise UserError(f"--remake {path}: not a description of a video; give the .json that lies beside an "
+                        f".mp4") from None
+    if any(latent % block for latent in (latents, *(segment.latent for segment in segments))):
+        raise UserError(f"--remake {path}: was made with another num_frame_per_block than {block}; leave that out")
+    timeline = Timeline(segments, (), block, latents, frames)
     if changed:
         log.warning("%s was made with other weights in %s; the video will differ", path, ", ".join(changed))
     request = _request(timeline, seed, sample, config, weights)
@@ -147,27 +153,40 @@ def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
     times = VideoTimes(job.path.stem)
     start = time.perf_counter()
     writer = Mp4Writer(job.path, width=config.width, height=config.height, fps=config.fps, crf=config.crf)
-    session = engine.session(job.seed, job.sample)
-    sent = 0
+    session = None
     try:
-        with writer, _progress(job, config, show_progress) as bar:
-            for prompt in timeline:
-                session.set_prompt(prompt)
-                frames = session.step()[: timeline.frames - sent]
-                writer.write(frames)
-                sent += len(frames)
-                _advance(bar, len(frames), start, engine)
+        with writer:
+            session = engine.session(job.seed, job.sample)
+            with _progress(job, config, show_progress) as bar:
+                sent = 0
+                for prompt in timeline:
+                    session.set_prompt(prompt)
+                    frames = session.step()[: timeline.frames - sent]
+                    writer.write(frames)
+                    sent += len(frames)
+                    _advance(bar, len(frames), start, engine)
     finally:
-        times.frames, times.latents = writer.frames, session.position
-        times.wall = time.perf_counter() - start
-        times.stages = {**session.watch.read(), "encode": [writer.seconds]}
-        complete = writer.frames == timeline.frames
-        if writer.frames and job.path.exists():
-            _write_sidecar(job, times, config, complete)
-        if not complete:
-            kept = job.path if job.path.exists() else writer.partial
-            log.warning("Stopped after %d of %d frames; they are in %s", writer.frames, timeline.frames, kept)
+        with held():
+            times.wall, times.frames = time.perf_counter() - start, writer.frames
+            if session is not None:
+                times.latents, times.stages = session.position, {**session.watch.read(), "encode": [writer.seconds]}
+            _record(job, writer, times, config)
     return times
+
+
+def _record(job: Job, writer: Mp4Writer, times: VideoTimes, config: Config) -> None:
+    """Writes the JSON of a video that has its name; says where one is that stopped early."""
+    complete = writer.saved and writer.frames == job.timeline.frames
+    if complete:
+        _write_sidecar(job, times, config, complete)
+        return
+    log.warning("Stopped after %d of %d frames%s", writer.frames, job.timeline.frames,
+                f"; they are in {job.path if writer.saved else writer.partial}" if writer.frames else "")
+    if writer.saved:
+        try:
+            _write_sidecar(job, times, config, complete)
+        except UserError as error:
+            log.warning("%s", error)  # what stopped the video matters more
 
 
 def _progress(job: Job, config: Config, show: bool) -> tqdm:
@@ -197,8 +216,10 @@ def _write_sidecar(job: Job, times: VideoTimes, config: Config, complete: bool) 
     }
     temporary = job.sidecar.with_suffix(".json.part")
     try:
-        temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        # A path may hold bytes that are not UTF-8; a backslash escape of those is JSON too.
+        temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
         temporary.replace(job.sidecar)
     except OSError as error:
-        raise UserError(f"{job.sidecar}: can't be written: {error.strerror}; the video {job.path} is whole, but will "
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{job.sidecar}: can't be written: {error.strerror}; the video {job.path} is kept, but will "
                         f"not be skipped by the next run") from None

@@ -14,7 +14,7 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.prompts import Story
 from utils.report import RankReport, peak_gpu, peak_host, table, to_json
-from utils.video import check_writable
+from utils.video import check_writable, find_ffmpeg
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,10 @@ def run(task: Task, stories: list[Story]) -> None:
     ranks = Ranks()
     if not ranks.is_first:
         logging.getLogger().setLevel(logging.WARNING)
+    find_ffmpeg()
     check_writable(Path(config.output_folder))
     if task.profile is not None:
-        check_writable(task.profile.parent)
+        check_writable(task.profile.parent, "--profile")
     jobs, finished = ranks.from_first(lambda: _plan(task, stories))
     for path in finished:
         log.info("%s is there already, skipped (--overwrite makes it again)", path)

@@ -1,6 +1,8 @@
 import contextlib
+import fcntl
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -12,13 +14,15 @@ import imageio_ffmpeg
 import numpy as np
 
 from utils.errors import UserError
+from utils.interrupts import held
 
 BLOCKS_WAITING = 4  # written but not yet taken by ffmpeg
+POLL = 0.005  # seconds between two looks at whether ffmpeg has taken one
 
 # Every frame is encoded and written as it comes: no look-ahead, one MP4 fragment a frame. What is on disk can be
 # played at any moment, and the first frames of a video do not depend on how it goes on.
 ENCODER = ["-c:v", "libx264", "-preset", "medium", "-tune", "zerolatency", "-pix_fmt", "yuv420p"]
-FRAGMENTS = ["-movflags", "+frag_every_frame+empty_moov+default_base_moof", "-flush_packets", "1"]
+FRAGMENTS = ["-movflags", "+frag_every_frame+empty_moov+default_base_moof", "-flush_packets", "1", "-f", "mp4"]
 # RGB → BT.709, and said so in the file: players guess otherwise, and guess differently.
 COLOURS = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
            "-color_trc", "bt709", "-color_range", "tv"]
@@ -35,36 +39,38 @@ class Mp4Writer:
     """
 
     def __init__(self, path: str | Path, *, width: int, height: int, fps: int = 16, crf: int = 18):
-        """Opens the file. Raises UserError where it can't be written."""
+        """Opens the file. Raises UserError where it can't be written, or another process is writing it."""
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.stem}.partial.mp4")
+        self.saved = False  # whether the video has its name
         self.frames = 0  # handed to ffmpeg
         self.seconds = 0.0  # that ffmpeg took for them
         self._shape = (height, width, 3)
+        self._ffmpeg = find_ffmpeg()
+        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+        command = [self._ffmpeg, "-y", "-loglevel", "error", *source, "-an", *COLOURS, *ENCODER, "-crf", str(crf),
+                   "-g", str(2 * fps), *FRAGMENTS, str(self.partial.resolve())]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.open("wb").close()
+            self._lock = self.partial.open("ab")
+            _lock(self._lock, self.partial)
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the writer
-            self._ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._errors,
+                start_new_session=True,  # Ctrl-C in the terminal is for us; ffmpeg then finishes the file
+            )
         except OSError as error:
-            raise UserError(f"{self.path}: can't be written: {error.strerror}; choose another output folder") from None
-        except RuntimeError:
-            raise UserError("no ffmpeg here; install imageio-ffmpeg, or ffmpeg itself") from None
-        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
-        self._process = subprocess.Popen(
-            [self._ffmpeg, "-y", "-loglevel", "error", *source, "-an", *COLOURS, *ENCODER, "-crf", str(crf),
-             "-g", str(2 * fps), *FRAGMENTS, str(self.partial.resolve())],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._errors,
-            start_new_session=True,  # Ctrl-C in the terminal is for us; ffmpeg then finishes the file
-        )
+            raise UserError(f"{error.filename or self.path}: can't be written: {error.strerror}; choose another "
+                            f"--output-folder") from None
         self._broken = False
-        self._queue: queue.Queue = queue.Queue(maxsize=BLOCKS_WAITING)
+        # No bound: what waits for room is polled for. A Ctrl-C while a bounded queue blocks can leave it locked.
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._feed, daemon=True)
         self._thread.start()
 
     def write(self, frames) -> None:
-        """Appends frames, uint8 [T, H, W, 3] (tensor or array on the host). They are encoded in the background; a few
-        blocks may wait, then this waits too.
+        """Appends frames, uint8 [T, H, W, 3] (tensor or array on the host, not to be changed afterwards). They are
+        encoded in the background; a few blocks may wait, then this waits too.
 
         Raises ValueError for another shape or type, UserError where ffmpeg has stopped (disk full, killed).
         """
@@ -74,9 +80,12 @@ class Mp4Writer:
                              f"[T, {', '.join(map(str, self._shape))}]")
         if self._process is None:
             raise ValueError(f"{self.path} is closed")
+        while self._queue.qsize() >= BLOCKS_WAITING and not self._broken:
+            time.sleep(POLL)
         if self._broken:
             self._raise_failure()
-        self._queue.put(array)
+        if len(array):
+            self._queue.put(array)
 
     def _feed(self) -> None:
         """The thread that hands frames to ffmpeg."""
@@ -92,9 +101,15 @@ class Mp4Writer:
             self.seconds += time.perf_counter() - start
 
     def close(self) -> None:
-        """Finishes the file and gives it its name. Raises UserError where ffmpeg failed."""
-        if self._process is None:
-            return
+        """Finishes the file and gives it its name; one without frames is removed. A Ctrl-C waits for that.
+
+        Raises UserError where ffmpeg failed.
+        """
+        with held():
+            if self._process is not None:
+                self._finish()
+
+    def _finish(self) -> None:
         start = time.perf_counter()
         self._queue.put(None)
         self._thread.join()
@@ -105,10 +120,16 @@ class Mp4Writer:
             self._raise_failure()
         self._process = None
         self._errors.close()
-        if self.frames == 0:
-            self.partial.unlink()
-        else:
-            self._repack()
+        self._lock.close()
+        try:
+            if self.frames:
+                self._repack()
+                self.saved = True
+            else:
+                self.partial.unlink()
+        except OSError as error:
+            raise UserError(f"{self.path}: can't be written: {error.strerror}; the video is in "
+                            f"{self.partial}") from None
 
     def _repack(self) -> None:
         """Moves the index to the front, so that browsers seek at once. The fragmented file stands in if that fails."""
@@ -133,24 +154,47 @@ class Mp4Writer:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         self._errors.close()
+        self._lock.close()
         full = any("No space left" in line for line in lines)
         reason = "the disk is full" if full else _describe(code, lines)
-        mend = "free some space" if full else "see that ffmpeg can run"
-        raise UserError(f"{self.path}: ffmpeg stopped after {self.frames} frames: {reason}; what was made so far is in "
-                        f"{self.partial}; {mend} and run the same command again")
+        kept = f"what was made so far is in {self.partial}; " if self.frames else ""
+        raise UserError(f"{self.path}: ffmpeg stopped after {self.frames} frames: {reason}; {kept}"
+                        f"{'free some space and ' if full else ''}run the same command again")
 
     def __enter__(self) -> "Mp4Writer":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        before = _ignore_interrupts()
         try:
             self.close()
         except UserError:
             if error is None:
                 raise
-        finally:
-            _restore_interrupts(before)
+
+
+def find_ffmpeg() -> str:
+    """The ffmpeg program: that of IMAGEIO_FFMPEG_EXE, of the imageio-ffmpeg package or of the system.
+
+    Raises UserError where there is none.
+    """
+    try:
+        found = imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:
+        raise UserError("no ffmpeg here; install imageio-ffmpeg, or ffmpeg itself") from None
+    if shutil.which(found) is None:
+        raise UserError(f"IMAGEIO_FFMPEG_EXE={found}: no such program; unset it, or give the path of an ffmpeg")
+    return found
+
+
+def _lock(file, path: Path) -> None:
+    """Keeps other runs off a file until it is closed. Raises UserError where another has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another run is writing it; wait for that one, or choose another "
+                        f"--output-folder") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def _describe(code: int, lines: list[str]) -> str:
@@ -159,26 +203,14 @@ def _describe(code: int, lines: list[str]) -> str:
     return lines[-1] if lines else f"exit code {code}"
 
 
-def _ignore_interrupts():
-    """A second Ctrl-C must not cut off the finishing of a file. Only a main thread can set this."""
-    try:
-        return signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:
-        return None
-
-
-def _restore_interrupts(before) -> None:
-    if before is not None:
-        signal.signal(signal.SIGINT, before)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises UserError where no file can be made in `folder`; makes the folder."""
+def check_writable(folder: Path, option: str = "--output-folder") -> None:
+    """Raises UserError, which names the option that said `folder`, where no file can be made in it; makes the
+    folder."""
     probe = folder / f".{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"output_folder={folder}: can't be written: {error.strerror}; choose another with "
-                        f"--output-folder") from None
+        reason = "that is a file, not a folder" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"{option}: can't write in {folder}: {reason}; choose another place") from None
