@@ -120,7 +120,7 @@ def test_loras_are_complete():
     ("seed=null", "seed: "),
     ("num_samples=[1]", "num_samples: "),
     ("denoising_step_list=[1000,x]", "denoising_step_list[1]: Value 'x'"),
-    ("model_kwargs=3", "ModelKwargs"),
+    ("model_kwargs=3", "model_kwargs holds keys of its own"),
     ("seed", "override 'seed' is not key=value, for example seed=1"),
 ])
 def test_key_that_is_unknown_or_of_the_wrong_type(tmp_path, override, words):

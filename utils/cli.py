@@ -1,33 +1,52 @@
 """What the two front-ends share: arguments, messages and exit codes."""
 
 import argparse
+import errno
+import json
 import logging
-import math
 import re
-import signal
 import sys
 import traceback
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-import torch
-
-from utils.config import Config, load_config
+from utils.config import Config, load_config, nearest
 from utils.errors import UserError
-from utils.paths import find_file
-from utils.prompts import Story, check_story
+from utils.interrupts import raised
+from utils.paths import find_file, read_text
+from utils.prompts import LONGEST_SECONDS, Story, check_story
 from wan.geometry import frames_of
 
 log = logging.getLogger(__name__)
 
-EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+# What PyTorch, CUDA and its libraries say.
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+# Failures of a file anywhere that its user can mend.
+MENDABLE = {errno.EACCES: "allow it", errno.EPERM: "allow it", errno.EROFS: "choose another place",
+            errno.ENOSPC: "free some space", errno.EDQUOT: "free some space"}
+# Options, and the key of the config that each stands for.
+OPTION_KEYS = [("data_path", "prompt"), ("num_output_frames", "seconds"), ("num_output_frames", "num_output_frames"),
+               ("seed", "seed"), ("num_samples", "num_samples"), ("output_folder", "output_folder")]
+# What the description of a video says already.
+TOLD_BY_REMAKE = ("data_path", "seed", "num_samples", "num_output_frames", "switch_frame_indices")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError."""
+
+    def error(self, message: str):
+        word = re.fullmatch(r"unrecognized arguments: (-[^\s=]*).*", message)
+        hint = nearest(word[1], list(self._option_string_actions)) if word else ""
+        raise UserError(f"{message}{hint}; --help shows all options")
 
 
 def make_parser(description: str, epilog: str, default_config: str, prompt_help: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, epilog=epilog, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("args", nargs="*", metavar="FILE|key=value",
         help="a .yaml config, a prompt file, and overrides of single keys such as seed=1 model_kwargs.sink_size=6")
@@ -66,38 +85,67 @@ class Task:
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Task:
-    """Raises UserError for a command line that does not make sense; argparse itself exits with 2."""
+    """Raises UserError for a command line that does not make sense."""
     args = parser.parse_intermixed_args(argv)
-    overrides = [arg for arg in args.args if re.match(r"[\w.]+=", arg)]
+    overrides = [arg for arg in args.args if re.match(r"[\w.-]+=", arg)]
     files = [arg for arg in args.args if arg not in overrides]
     configs = [f for f in files if f.endswith((".yaml", ".yml"))] + ([args.config] if args.config else [])
     data = [f for f in files if not f.endswith((".yaml", ".yml"))]
+    for path in data:
+        find_file(path, "prompt file", "to give a prompt itself: --prompt TEXT; to give a setting: key=value")
+    _check_agreement(args, configs, data, overrides)
+    overrides += [f"data_path={json.dumps(path)}" for path in data]
+    for key in ("seed", "num_samples", "output_folder"):
+        if (value := getattr(args, key)) is not None:
+            overrides.append(f"{key}={json.dumps(value)}")
+    for prompt in args.prompt or []:
+        check_story(Story([prompt], where="--prompt"))
+    remake = _description(args.remake) if args.remake else None
+    config = load_config(configs[0] if configs else remake or args.default_config, overrides)
+    profile = Path(args.profile) if args.profile else None
+    if profile is not None and profile.is_dir():
+        raise UserError(f"--profile {profile} is a folder; give the path of a file")
+    return Task(config, args.prompt or [], _length(args, config), remake, args.overwrite, profile)
+
+
+def _check_agreement(args: argparse.Namespace, configs: list[str], data: list[str], overrides: list[str]) -> None:
+    """Raises UserError where one part of a command line would overrule another."""
     for what, given in (("config", configs), ("prompt file", data)):
         if len(given) > 1:
             raise UserError(f"one {what} at a time, got {' and '.join(given)}")
-    if args.prompt and data:
-        raise UserError(f"give --prompt or the prompt file {data[0]}, not both")
-    if data:
-        find_file(data[0], "prompt file")
-        overrides.append(f"data_path={data[0]}")
-    for key in ("seed", "num_samples", "output_folder"):
-        if (value := getattr(args, key)) is not None:
-            overrides.append(f"{key}={value}")
-    for prompt in args.prompt or []:
-        check_story(Story([prompt], where="--prompt"))
-    remake = Path(args.remake) if args.remake else None
-    config = load_config(configs[0] if configs else remake or args.default_config, overrides)
-    profile = Path(args.profile) if args.profile else None
-    return Task(config, args.prompt or [], _length(args, config), remake, args.overwrite, profile)
+    said: dict[str, list[str]] = defaultdict(list)  # what was given for a key
+    for key, option in OPTION_KEYS:
+        if getattr(args, option) is not None:
+            said[key].append(f"--{option.replace('_', '-')}")
+    said["data_path"] += data
+    for key, override in {override.split("=")[0]: override for override in overrides}.items():  # the last of a key wins
+        said[key].append(override)
+    if args.remake and (extra := [given for key in TOLD_BY_REMAKE for given in said[key]]):
+        raise UserError(f"--remake makes a video as its description says; leave out {' and '.join(extra)}")
+    for given in said.values():
+        if len(given) > 1:
+            raise UserError(f"give {' or '.join(given)}, not both")
+
+
+def _description(path: str) -> Path:
+    """The file beside an MP4 that says how it was made. Raises UserError where it is none."""
+    mend = "give the .json that lies beside an .mp4"
+    found = find_file(path, "--remake", mend)
+    try:
+        about = json.loads(read_text(found))
+    except ValueError:
+        about = None
+    told = about.get("request") if isinstance(about, dict) else None
+    if not (isinstance(told, dict) and "prompts" in told and isinstance(about.get("config"), dict)):
+        raise UserError(f"--remake {found}: not a description of a video; {mend}")
+    return found
 
 
 def _length(args: argparse.Namespace, config: Config) -> int:
     """Frames asked for."""
-    if args.seconds is not None and args.num_output_frames is not None:
-        raise UserError("give --seconds or --num-output-frames, not both")
     if args.seconds is not None:
-        if not (math.isfinite(args.seconds) and args.seconds > 0):
-            raise UserError(f"--seconds {args.seconds} must be above 0")
+        if not 0 < args.seconds <= LONGEST_SECONDS:
+            raise UserError(f"--seconds {args.seconds} must be above 0 and at most {LONGEST_SECONDS:,}")
         return max(1, round(args.seconds * config.fps))
     latents = config.num_output_frames if args.num_output_frames is None else args.num_output_frames
     if latents < 1:
@@ -113,26 +161,33 @@ def guarded(work: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "filelock", "transformers", "diffusers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        work()
-    except UserError as error:
-        return _fail(str(error))
-    except torch.OutOfMemoryError as error:
-        return _fail(_out_of_memory(str(error)))
-    except KeyboardInterrupt:
-        _say("interrupted; run the same command again to go on, finished videos are skipped")
-        return 130
-    except Exception as error:
-        if "can't allocate memory" in str(error):
-            return _fail(_out_of_memory(str(error)))
-        traceback.print_exc()
-        return 1
-    return 0
+    with raised():
+        try:
+            work()
+        except UserError as error:
+            return _fail(str(error))
+        except KeyboardInterrupt:
+            _say("interrupted; run the same command again to go on, finished videos are skipped")
+            return EXIT_INTERRUPTED
+        except Exception as error:
+            if mendable := _mendable(error):
+                return _fail(mendable)
+            traceback.print_exc()
+            return EXIT_FAILED
+    return EXIT_DONE
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _mendable(error: Exception) -> str:
+    """What to tell the user of an unforeseen error that is not the program's own; "" where it is."""
+    number = error.errno if isinstance(error, OSError) else None
+    said = OUT_OF_MEMORY.search(str(error)) if isinstance(error, RuntimeError) else None
+    if said or isinstance(error, MemoryError) or number == errno.ENOMEM:
+        asked = re.search(r"Tried to allocate [\d.]+ \w+", str(error))
+        return (f"out of memory{f' ({asked[0].lower()})' if asked else ''}; lower height and width, then "
+                f"model_kwargs.local_attn_size, or set text_encoder_device=cpu; close what else uses the device")
+    if number in MENDABLE:
+        return f"{error.filename or 'a file'}: {error.strerror}; {MENDABLE[number]} and run the same command again"
+    return ""
 
 
 def _say(line: str) -> None:
@@ -140,11 +195,5 @@ def _say(line: str) -> None:
 
 
 def _fail(message: str) -> int:
-    _say(f"error: {message}")
-    return 2
-
-
-def _out_of_memory(reason: str) -> str:
-    asked = re.search(r"Tried to allocate [\d.]+ \w+", reason)
-    return (f"out of memory ({asked[0].lower() if asked else 'the host has no more'}); lower height and width, then "
-            f"model_kwargs.local_attn_size, or set text_encoder_device=cpu; close what else uses the device")
+    _say(f"error: {' '.join(message.splitlines())}")
+    return EXIT_USER_ERROR

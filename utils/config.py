@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MappingNode, YAMLError, compose
 
 from utils.device import DTYPES
 from utils.errors import UserError
@@ -39,6 +39,9 @@ class Adapter:
     dropout: float = 0.0  # of training; nothing is dropped when a video is made
     dtype: str = "bfloat16"  # of training; LoRAs are merged in float32
     verbose: bool = False  # list every module that a LoRA changes
+
+
+NESTED = {"model_kwargs": ModelKwargs, "adapter": Adapter}
 
 
 @dataclass(frozen=True)
@@ -130,14 +133,14 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         if path is not None:
             where = str(path)
             text = read_text(find_file(str(path), "config"))
-            loaded = OmegaConf.create(text)
-            if not isinstance(loaded, DictConfig):
+            if not isinstance(compose(text), MappingNode | None):  # OmegaConf would take a word for a key
                 raise UserError(f"{where}: a config is a YAML mapping of key: value, this is not one")
+            loaded = OmegaConf.create(text)
             if "request" in loaded and "config" in loaded:
                 loaded = loaded.config
-            schema = OmegaConf.merge(schema, loaded)
+            schema = OmegaConf.merge(schema, _nested(loaded, where))
         where = "the command line"
-        schema = OmegaConf.merge(schema, OmegaConf.from_dotlist(_checked_dotlist(overrides or [])))
+        schema = OmegaConf.merge(schema, _nested(OmegaConf.from_dotlist(_checked_dotlist(overrides or [])), where))
         where = str(path or where)
         return OmegaConf.to_object(schema)
     except ConfigKeyError as error:
@@ -148,6 +151,14 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     except YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: not valid YAML: {reason}") from None
+
+
+def _nested(loaded: DictConfig, where: str) -> DictConfig:
+    for key, kind in NESTED.items():
+        if not isinstance(loaded.get(key, {}), (dict, DictConfig)):
+            raise UserError(f"{where}: {key} holds keys of its own, such as {key}.{dataclasses.fields(kind)[0].name}; "
+                            f"it can't be {loaded[key]}")
+    return loaded
 
 
 def _checked_dotlist(overrides: list[str]) -> list[str]:
@@ -161,7 +172,7 @@ def known_keys() -> list[str]:
     """Every key, nested ones with a dot."""
     keys = []
     for item in dataclasses.fields(Config):
-        nested = {"model_kwargs": ModelKwargs, "adapter": Adapter}.get(item.name)
+        nested = NESTED.get(item.name)
         keys += [f"{item.name}.{f.name}" for f in dataclasses.fields(nested)] if nested else [item.name]
     return keys
 

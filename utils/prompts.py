@@ -1,7 +1,10 @@
 """Prompt files: one prompt a line, or JSONL with a story (prompts over time) a line."""
 
+import io
 import itertools
 import json
+import logging
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,7 +14,10 @@ from utils.errors import UserError
 from utils.paths import read_text
 from wan.geometry import FRAMES, frames_of, latents_for
 
-LONGEST_NAME = 100
+log = logging.getLogger(__name__)
+
+LONGEST_NAME = 200  # bytes; a file name has at most 255, and more is added to it
+LONGEST_SECONDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,20 @@ class Story:
         try:
             if self.durations is not None:
                 ends = [round(sum(self.durations[: i + 1]) * config.fps) for i in range(len(self.durations))]
-                switches = [latents_for(end + 1) - 1 for end in ends[:-1]]
-                for number, (before, after) in enumerate(itertools.pairwise([0, *switches]), 1):
+                starts = [latents_for(end + 1) - 1 for end in ends]
+                for number, (before, after) in enumerate(itertools.pairwise([0, *starts]), 1):
                     if after == before:
                         raise ValueError(f"prompt {number} lasts {self.durations[number - 1]} s, too short to show; "
                                          f"give it at least {FRAMES / config.fps:.3g} s (one latent) or leave it out")
-                return Timeline.build(self.prompts, switches, block=block, frames=max(ends[-1], 1))
-            if switches is None and _fits(config.switch_frame_indices, len(self.prompts), latents_for(frames)):
-                switches = config.switch_frame_indices
+                return Timeline.build(self.prompts, starts[:-1], block=block, frames=ends[-1])
+            if frames > LONGEST_SECONDS * config.fps:
+                raise ValueError(f"{frames} frames are longer than {LONGEST_SECONDS:,} s; lower num_output_frames")
+            if switches is None and config.switch_frame_indices and len(self.prompts) > 1:
+                if _fits(config.switch_frame_indices, len(self.prompts), latents_for(frames)):
+                    switches = config.switch_frame_indices
+                else:
+                    log.info("%s: switch_frame_indices=%s do not fit %d prompts in %d latents; split evenly instead",
+                             self.where, config.switch_frame_indices, len(self.prompts), latents_for(frames))
             if switches is not None:
                 return Timeline.build(self.prompts, switches, block=block, frames=frames)
             return Timeline.evenly(self.prompts, block=block, frames=frames)
@@ -53,35 +65,43 @@ class Story:
             raise UserError(f"{self.where}: {error}") from None
 
 
-def _fits(switches: list[int] | None, prompts: int, latents: int) -> bool:
-    return switches is not None and len(switches) == prompts - 1 and all(s < latents for s in switches)
+def _fits(switches: list[int], prompts: int, latents: int) -> bool:
+    return len(switches) == prompts - 1 and all(s < latents for s in switches)
 
 
 def read_prompts(path: Path) -> list[Story]:
     """A story of one prompt for each line that is not blank. Raises UserError for a file that is not text or empty."""
-    stories = [Story([line.strip()], where=f"{path}, line {number}")
-               for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
-    if not stories:
+    lines = _lines(path)
+    if not lines:
         raise UserError(f"{path}: no prompts in it; write one a line")
-    if stories[0].prompts[0].startswith("{"):
+    if re.match(r'\{\s*"', lines[0][0]):
         raise UserError(f"{path}: this is JSONL, prompts over time; run it with interactive_inference.py "
                         f"(bash scripts/interactive_inference.sh)")
-    return stories
+    return [check_story(Story([line], where=where)) for line, where in lines]
 
 
 def read_stories(path: Path) -> list[Story]:
     """The stories of a JSONL file; blank lines are skipped. Raises UserError that names the line of what is wrong."""
-    stories = [_story(line, f"{path}, line {number}")
-               for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
-    if not stories:
+    lines = _lines(path)
+    if not lines:
         raise UserError(f'{path}: no stories in it; write one JSON object a line, such as {{"prompts": ["…", "…"]}}')
-    return stories
+    if not any(line[0] in '{["' for line, _ in lines):
+        raise UserError(f"{path}: this is text, not JSONL; to make a video of each of its lines, run it with "
+                        f"inference.py (bash scripts/inference.sh)")
+    return [_story(line, where) for line, where in lines]
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """The lines of a file that are not blank, stripped, each with its place for messages. Only \\n, \\r and both end a
+    line: `str.splitlines` also splits at characters that may stand in a prompt."""
+    return [(line.strip(), f"{path}, line {number}")
+            for number, line in enumerate(io.StringIO(read_text(path), newline=None), 1) if line.strip()]
 
 
 def _story(line: str, where: str) -> Story:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); each line is one object such as "
                         f'{{"prompts": ["…", "…"]}}') from None
     known = [f.name for f in fields(Story) if f.name != "where"]
@@ -108,6 +128,7 @@ def check_story(story: Story) -> Story:
          f"prompts must be a list of at least one text, got {json.dumps(prompts)[:80]}")
     for number, prompt in enumerate(prompts, 1):
         need(bool(prompt.strip()), f"prompt {number} is empty; write what the video should show, or leave it out")
+        need(_is_unicode(prompt), f"prompt {number} has half a character (a surrogate), {prompt[:40]!a}; write it anew")
     need(switches is None or durations is None, "give switch_frame_indices or durations, not both")
     need(durations is None or story.num_output_frames is None,
          "give durations or num_output_frames, not both: the durations add up to the length")
@@ -115,8 +136,8 @@ def check_story(story: Story) -> Story:
          f"switch_frame_indices must be a list of whole numbers (latents), got {switches}")
     if durations is not None:
         numbers = isinstance(durations, list) and all(
-            isinstance(d, (int, float)) and not isinstance(d, bool) and 0 < d < 1e6 for d in durations)
-        need(numbers, f"durations must be a list of seconds above 0, got {durations}")
+            isinstance(d, (int, float)) and not isinstance(d, bool) and 0 < d <= LONGEST_SECONDS for d in durations)
+        need(numbers, f"durations must be a list of seconds above 0 and at most {LONGEST_SECONDS:,}, got {durations}")
         need(len(durations) == len(prompts), f"{len(prompts)} prompts need {len(prompts)} durations, "
                                              f"got {len(durations)}")
     need(story.num_output_frames is None or (whole(story.num_output_frames) and story.num_output_frames > 0),
@@ -126,7 +147,13 @@ def check_story(story: Story) -> Story:
     name = story.name
     need(name is None or isinstance(name, str), f"name must be a text, got {name}")
     if name is not None:
-        plain = name.isprintable() and not set(name) & set('/\\:*?"<>|') and not name.startswith(".")
-        need(plain and 0 < len(name) <= LONGEST_NAME,
-             f"name {name!r} can't be a file name; use letters, digits, - and _, at most {LONGEST_NAME}, without /")
+        plain = name.isprintable() and not set(name) & set('/\\:*?"<>|') and not name.startswith(".") \
+            and not name.endswith(".partial")  # what a video is called until it is whole
+        need(plain and 0 < len(name.encode()) <= LONGEST_NAME,
+             f"name {name!r} can't be a file name; use letters, digits, - and _, no /, at most {LONGEST_NAME} bytes")
     return story
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no surrogates, which JSON's \\ud800 and odd bytes on a command line leave in one."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
