@@ -48,6 +48,7 @@ def native(tiny_folder, tmp_path_factory) -> Config:
     ("“two” ‘quotes’", '"two" \'quotes\''),
     ("salt &amp; pepper", "salt & pepper"),
     ("salt &amp;amp; pepper &amp;lt;3", "salt & pepper <3"),  # escaped twice
+    ("a <b> salt &amp;amp; pepper", "a <b> salt & pepper"),  # ftfy leaves text with tags alone
     ("a &lt;b&gt; &quot;c&quot; &#39;d&#39;", "a <b> \"c\" 'd'"),
     ("ﬁne ﬂowers", "fine flowers"),
     ("red&nbsp;&nbsp;ball", "red ball"),
