@@ -45,12 +45,11 @@ class Ranks:
         return made[0]
 
     def first_then_others(self, do: Callable[[], T]) -> T:
-        """Calls `do` on the first rank, then on the others, which find what it left on the disk."""
-        if self.world == 1:
-            return do()
-        done = do() if self.is_first else None
-        dist.barrier()
-        return done if self.is_first else do()
+        """Calls `do` on the first rank, then on the others, which find what it left on the disk. An exception on the
+        first rank is raised on every rank."""
+        done: list[T] = []
+        self.from_first(lambda: done.append(do()))
+        return done[0] if self.is_first else do()
 
     def gather(self, item: T) -> list[T]:
         """Every rank's item, on the first rank; elsewhere an empty list."""
