@@ -1,8 +1,11 @@
-from types import MethodType
-
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
+
+from wan.kernels import EPS, add_bias, conv3d, norm_silu
+
+HISTORY = 2  # frames that a causal convolution sees of the past
 
 
 class WanVAE:
@@ -16,77 +19,115 @@ class WanVAE:
         return self.model.post_quant_conv.weight
 
     def to(self, device: torch.device) -> "WanVAE":
-        """Moves the weights, and has convolutions computed as that device does fastest."""
+        """Moves the weights; the decoder's convolutions get them channels-last, as `WanStream` keeps its frames."""
         self.model.to(device)
-        for module in self.model.modules():
+        for module in self.model.decoder.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-                _tune(module)
+                form = torch.channels_last if module.weight.dim() == 4 else torch.channels_last_3d
+                module.weight.data = module.weight.data.contiguous(memory_format=form)
         return self
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Per-channel mean and std of the latents, [16, 1, 1, 1]."""
+        """Per-channel mean and std of the latents, [16]."""
         like = {"dtype": self.parameter.dtype, "device": self.parameter.device}
         config = self.model.config
-        return (torch.tensor(config.latents_mean, **like).view(-1, 1, 1, 1),
-                torch.tensor(config.latents_std, **like).view(-1, 1, 1, 1))
+        return torch.tensor(config.latents_mean, **like), torch.tensor(config.latents_std, **like)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Video [B, T, 3, H, W] in [-1, 1], T = 4F−3 → mean of the normalised latents [B, F, 16, h, w]."""
-        mean, std = self._statistics()
+        mean, std = (x[:, None, None] for x in self._statistics())
         latents = self.model.encode(pixels.transpose(1, 2).to(mean.dtype)).latent_dist.mean
-        return ((latents - mean) / std).transpose(1, 2)
+        return (latents.transpose(1, 2) - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """All latents of a video at once, [B, F, 16, h, w] → [B, 4F−3, 3, H, W] in [-1, 1]."""
-        mean, std = self._statistics()
-        latents = latents.transpose(1, 2).to(mean.dtype) * std + mean
-        return self.model.decode(latents).sample.transpose(1, 2)
+        """All latents of a video at once by diffusers' own decoder, the plain version of `WanStream`.
+
+        [B, F, 16, h, w] → [B, 4F−3, 3, H, W] in [-1, 1].
+        """
+        mean, std = (x[:, None, None] for x in self._statistics())
+        latents = latents.to(mean.dtype) * std + mean
+        return self.model.decode(latents.transpose(1, 2)).sample.transpose(1, 2)
 
     def stream(self) -> "WanStream":
         """The decoder state of a new video."""
         return WanStream(self)
 
 
-def _tune(conv: nn.Conv2d | nn.Conv3d) -> None:
-    """On a GPU: channels-last, as its tensor cores read. On a CPU: oneDNN for every 3-D convolution; PyTorch itself
-    takes a loop of its own, ten times as slow, for those of few channels (`use_mkldnn` in ATen's Convolution.cpp)."""
-    if conv.weight.is_cuda:
-        vars(conv).pop("_conv_forward", None)
-        conv.weight.data = _channels_last(conv.weight.data)
-    elif isinstance(conv, nn.Conv3d) and conv.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        conv._conv_forward = MethodType(_onednn_forward, conv)
-
-
-def _onednn_forward(conv: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.aten.mkldnn_convolution(x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-
-
 class WanStream:
     """Decodes one video block by block; the same frames as `WanVAE.decode` gives for all its latents together.
 
-    The cache of the causal convolutions lives here. `AutoencoderKLWan.decode` clears its own at entry and exit, so its
-    decoder is called directly: `decoder(x, feat_cache, feat_idx, first_chunk)` is private to the pinned diffusers.
+    It has the state that lasts from block to block: the last inputs of each causal convolution. The weights are those
+    of AutoencoderKLWan's decoder. Frames are kept channels-last, [B, T, H, W, C], which convolutions read fastest and
+    where a norm over channels is one over neighbours in memory; norm, SiLU and bias are one pass over them.
     """
 
     def __init__(self, vae: WanVAE):
-        self.model = vae.model
+        self.to_decoder, self.decoder = vae.model.post_quant_conv, vae.model.decoder
         self.mean, self.std = vae._statistics()
-        # WanDecoder3d keeps the last inputs of each of its causal convolutions in one slot of this list.
-        self.features: list[Tensor | None] = [None] * self.model._cached_conv_counts["decoder"]
+        self.history: dict[nn.Module, Tensor] = {}  # of each causal convolution, its last inputs [B, 2, H, W, C]
         self.started = False
 
     def __call__(self, latents: Tensor) -> Tensor:
         """The video's next latents [B, F, 16, h, w] → their frames [B, T, 3, H, W] in [-1, 1]; T = 4F, or 4F−3 at
         the start of the video."""
-        latents = latents.transpose(1, 2).to(self.mean.dtype) * self.std + self.mean
-        if latents.is_cuda:
-            latents = _channels_last(latents)
-        frames = []
-        for latent in self.model.post_quant_conv(latents).split(1, dim=2):
-            first, self.started = not self.started, True
-            frames.append(self.model.decoder(latent, feat_cache=self.features, feat_idx=[0], first_chunk=first))
-        return torch.cat(frames, 2).clamp(-1, 1).transpose(1, 2)
+        x = latents.permute(0, 1, 3, 4, 2).to(self.mean.dtype) * self.std + self.mean
+        x = conv3d(x, self.to_decoder.weight, self.to_decoder.bias)
+        frames = torch.cat([self._decode(latent) for latent in x.split(1, dim=1)], 1)
+        return frames.clamp(-1, 1).permute(0, 1, 4, 2, 3)
+
+    def _decode(self, x: Tensor) -> Tensor:
+        """One latent [B, 1, h, w, C] → its frames [B, 1 or 4, H, W, 3]."""
+        decoder = self.decoder
+        x = self._causal(decoder.conv_in, x)
+        x = self._residual(decoder.mid_block.resnets[0], x)
+        for attention, resnet in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
+            x = self._residual(resnet, self._attention(attention, x))
+        for block in decoder.up_blocks:
+            for resnet in block.resnets:
+                x = self._residual(resnet, x)
+            for upsampler in block.upsamplers or []:
+                x = self._upsample(upsampler, x)
+        self.started = True
+        return self._causal(decoder.conv_out, x, decoder.norm_out)
+
+    def _causal(self, conv: nn.Conv3d, x: Tensor, norm: nn.Module | None = None, bias_before: Tensor | None = None,
+                add_own_bias: bool = True) -> Tensor:
+        """Convolves x, of which first SiLU(norm(x + bias_before)) where a norm is given, with what came before it."""
+        batch, frames, *rest = x.shape
+        whole = x.new_empty(batch, HISTORY + frames, *rest)
+        whole[:, :HISTORY] = self.history.get(conv, 0)
+        if norm is None:
+            whole[:, HISTORY:] = x
+        else:
+            norm_silu(x, norm.gamma.flatten(), bias_before, out=whole[:, HISTORY:])
+        self.history[conv] = whole[:, -HISTORY:].clone()
+        return conv3d(whole, conv.weight, conv.bias if add_own_bias else None)
+
+    def _residual(self, block: nn.Module, x: Tensor) -> Tensor:
+        """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))); each convolution's bias is added by the pass after it."""
+        h = self._causal(block.conv1, x, block.norm1, add_own_bias=False)
+        h = self._causal(block.conv2, h, block.norm2, bias_before=block.conv1.bias, add_own_bias=False)
+        skip = x if isinstance(block.conv_shortcut, nn.Identity) else _pointwise(block.conv_shortcut, x)
+        return add_bias(h, block.conv2.bias, skip)
+
+    def _attention(self, block: nn.Module, x: Tensor) -> Tensor:
+        """x + attention of one head among the positions of each frame."""
+        batch, frames, height, width, channels = x.shape
+        y = F.rms_norm(x, (channels,), block.norm.gamma.flatten(), EPS)
+        q, k, v = _pointwise(block.to_qkv, y).reshape(batch * frames, 1, height * width, -1).chunk(3, -1)
+        return x + _pointwise(block.proj, F.scaled_dot_product_attention(q, k, v).view(x.shape))
+
+    def _upsample(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Twice the rows and columns and, where the block says so, twice the frames; but the first latent of a video
+        stays one frame, and the convolution over time starts after it."""
+        if block.mode == "upsample3d" and self.started:
+            pairs = self._causal(block.time_conv, x)  # the two frames of each lie in its channels
+            x = pairs.unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+        batch, conv = len(x), block.resample[1]
+        x = F.interpolate(x.flatten(0, 1).permute(0, 3, 1, 2), scale_factor=2, mode="nearest-exact")
+        return F.conv2d(x, conv.weight, conv.bias, padding=1).permute(0, 2, 3, 1).unflatten(0, (batch, -1))
+
+
+def _pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """A 1×1 or 1×1×1 convolution of x [..., C]."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)

@@ -1,0 +1,64 @@
+"""Triton versions of the element-wise parts of the VAE decoder; the plain ones are in `wan.kernels`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wan.kernels import EPS
+
+ELEMENTS = 4096  # per program
+
+
+@triton.jit
+def _norm_silu(x, gamma, bias, out, rows, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+               HAS_BIAS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK_C)
+    inside = channel < C
+    mask = (row < rows)[:, None] & inside[None, :]
+    offsets = row[:, None] * C + channel[None, :]
+    value = tl.load(x + offsets, mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + channel, inside, other=0.0).to(tl.float32)[None, :]
+    scale = tl.rsqrt(tl.sum(value * value, 1) / C + eps)
+    value = value * scale[:, None] * tl.load(gamma + channel, inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + offsets, (value * tl.sigmoid(value)).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _add_bias(x, bias, skip, count, C: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < count
+    value = tl.load(x + offsets, mask).to(tl.float32) + tl.load(skip + offsets, mask).to(tl.float32)
+    value += tl.load(bias + offsets % C, mask).to(tl.float32)
+    tl.store(x + offsets, value.to(x.dtype.element_ty), mask)
+
+
+def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    channels = x.shape[-1]
+    block = triton.next_power_of_2(channels)
+    rows_each = max(1, ELEMENTS // block)
+    for part, target in zip(x, out, strict=True):  # `out` may be a slice of each video's frames
+        rows = part.numel() // channels
+        _norm_silu[(triton.cdiv(rows, rows_each),)](
+            _contiguous(part), gamma, gamma if bias is None else bias, _checked(target), rows, EPS, C=channels,
+            BLOCK_C=block, ROWS=rows_each, HAS_BIAS=bias is not None, num_warps=4,
+        )
+
+
+def add_bias(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
+    x = _contiguous(x)
+    block = 2048
+    _add_bias[(triton.cdiv(x.numel(), block),)](x, bias, _contiguous(skip), x.numel(), C=x.shape[-1], BLOCK=block)
+    return x
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.contiguous_format)
+
+
+def _checked(out: Tensor) -> Tensor:
+    if not out.is_contiguous():
+        raise ValueError(f"out of shape {list(out.shape)} must be contiguous, its strides are {out.stride()}")
+    return out
