@@ -125,7 +125,7 @@ class BaseModel:
             raise UserError(f"{folder}: no such folder, the tokenizer should be there; {GET}")
         try:
             return AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of whatever kind: of the files' contents, by the hands of three libraries
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{folder}: no tokenizer that transformers can load ({reason}); {GET}") from None
 

@@ -45,8 +45,8 @@ def read(path: Path) -> dict:
         raise UserError(f"{path}: refused, this file holds more than tensors and loading it could run code (it asks "
                         f"for {asked[1]}); get it from a source that you trust, as .safetensors or as plain tensors"
                         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]  # torch's unpickler fails in any way over bytes that are no pickle
         raise UserError(f"{path}: not a whole checkpoint, {path.stat().st_size:,} bytes ({reason}); "
                         f"it may be cut short, fetch it again") from None
 
@@ -104,9 +104,10 @@ def fill(model: nn.Module, state: State, source: str, dtype: torch.dtype | None 
                  for names, what in ((missing, "parameters missing"), (extra, "unknown")) if names]
         raise UserError(f"{source}: does not fit the model ({'; '.join(parts)}); is it the right file for this model?")
     for name, have in state.items():
-        if have.shape != wanted[name].shape:
-            raise UserError(f"{source}: {name} has shape {list(have.shape)}, the model needs "
-                            f"{list(wanted[name].shape)}; is it the right file for this model?")
+        shape = list(have.shape) if isinstance(have, Tensor) else type(have).__name__
+        if shape != list(wanted[name].shape):
+            raise UserError(f"{source}: {name} has shape {shape}, the model needs {list(wanted[name].shape)}; "
+                            f"is it the right file for this model?")
     if dtype is not None:
         state = {name: value.to(dtype) for name, value in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
@@ -152,10 +153,12 @@ def _read_lora(lora: LoraFile, state: State) -> tuple[Path, dict[str, dict[str, 
     """A LoRA's file and its modules, all of which fit the generator `state`."""
     path = find_file(lora.path, "lora_ckpt", GET)
     contents = read(path)
-    modules = lora_modules(contents.get("generator_lora", contents))
+    held = contents.get("generator_lora", contents)
+    modules = lora_modules(held) if isinstance(held, dict) else {}
     if not modules:
         raise UserError(f"{path}: no LoRA in it; is it the right file?")
-    unmatched = [name for name, parts in modules.items() if f"{name}.weight" not in state or set(parts) != {"A", "B"}]
+    unmatched = [name for name, parts in modules.items() if f"{name}.weight" not in state or set(parts) != {"A", "B"}
+                 or not all(isinstance(part, Tensor) and part.dim() == 2 for part in parts.values())]
     if unmatched:
         raise UserError(f"{path}: {len(unmatched)} of {len(modules)} LoRA modules match nothing in the generator, "
                         f"such as {unmatched[0]}; is it a LoRA for this model?")
