@@ -176,13 +176,13 @@ def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
 
 def _record(job: Job, writer: Mp4Writer, times: VideoTimes, config: Config) -> None:
     """Writes the JSON of a video that has its name; says where one is that stopped early."""
-    complete = writer.saved and writer.frames == job.timeline.frames
+    complete = writer.file == job.path and writer.frames == job.timeline.frames
     if complete:
         _write_sidecar(job, times, config, complete)
         return
     log.warning("Stopped after %d of %d frames%s", writer.frames, job.timeline.frames,
-                f"; they are in {job.path if writer.saved else writer.partial}" if writer.frames else "")
-    if writer.saved:
+                f"; they are in {writer.file}" if writer.file else "")
+    if writer.file == job.path:
         try:
             _write_sidecar(job, times, config, complete)
         except UserError as error:

@@ -42,7 +42,7 @@ class Mp4Writer:
         """Opens the file. Raises UserError where it can't be written, or another process is writing it."""
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.stem}.partial.mp4")
-        self.saved = False  # whether the video has its name
+        self.file: Path | None = self.partial  # where the frames are; None where there are none
         self.frames = 0  # handed to ffmpeg
         self.seconds = 0.0  # that ffmpeg took for them
         self._shape = (height, width, 3)
@@ -55,13 +55,18 @@ class Mp4Writer:
             self._lock = self.partial.open("ab")
             _lock(self._lock, self.partial)
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the writer
+        except OSError as error:
+            raise UserError(f"{error.filename or self.path}: can't be written: {error.strerror}; choose another "
+                            f"--output-folder") from None
+        try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._errors,
                 start_new_session=True,  # Ctrl-C in the terminal is for us; ffmpeg then finishes the file
             )
         except OSError as error:
-            raise UserError(f"{error.filename or self.path}: can't be written: {error.strerror}; choose another "
-                            f"--output-folder") from None
+            self._drop_empty()
+            raise UserError(f"{self._ffmpeg}: can't be run: {error.strerror}; mend it, or name another ffmpeg in "
+                            f"IMAGEIO_FFMPEG_EXE") from None
         self._broken = False
         # No bound: what waits for room is polled for. A Ctrl-C while a bounded queue blocks can leave it locked.
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
@@ -124,9 +129,10 @@ class Mp4Writer:
         try:
             if self.frames:
                 self._repack()
-                self.saved = True
+                self.file = self.path
             else:
                 self.partial.unlink()
+                self.file = None
         except OSError as error:
             raise UserError(f"{self.path}: can't be written: {error.strerror}; the video is in "
                             f"{self.partial}") from None
@@ -155,11 +161,15 @@ class Mp4Writer:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         self._errors.close()
         self._lock.close()
-        full = any("No space left" in line for line in lines)
-        reason = "the disk is full" if full else _describe(code, lines)
-        kept = f"what was made so far is in {self.partial}; " if self.frames else ""
-        raise UserError(f"{self.path}: ffmpeg stopped after {self.frames} frames: {reason}; {kept}"
-                        f"{'free some space and ' if full else ''}run the same command again")
+        self._drop_empty()
+        reason, mend = _describe(code, lines)
+        kept = f"; what was made so far is in {self.file}" if self.file else ""
+        raise UserError(f"{self.path}: ffmpeg stopped: {reason}{kept}; {mend}run the same command again")
+
+    def _drop_empty(self) -> None:
+        if not self.partial.exists() or self.partial.stat().st_size == 0:
+            self.partial.unlink(missing_ok=True)
+            self.file = None
 
     def __enter__(self) -> "Mp4Writer":
         return self
@@ -197,10 +207,13 @@ def _lock(file, path: Path) -> None:
         pass  # a file system without locks
 
 
-def _describe(code: int, lines: list[str]) -> str:
+def _describe(code: int, lines: list[str]) -> tuple[str, str]:
+    """Why ffmpeg ended, from its exit code and what it said, and what to do before it is run again."""
+    if any("No space left" in line for line in lines):
+        return "the disk is full", "free some space and "
     if code < 0:
-        return f"it was ended by signal {signal.Signals(-code).name}"
-    return lines[-1] if lines else f"exit code {code}"
+        return f"it was ended by signal {signal.Signals(-code).name}", ""
+    return (lines[-1] if lines else f"exit code {code}"), "mend that and "
 
 
 def check_writable(folder: Path, option: str = "--output-folder") -> None:
