@@ -1,4 +1,5 @@
 import dataclasses
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from demo.random_checkpoint import Sizes, write
+from utils.cli import guarded
 from utils.config import Adapter, Config
 from wan.model import WanConfig
 
@@ -76,3 +78,24 @@ def run_script(tmp_path):
         return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return run
+
+
+@pytest.fixture
+def run_here(tiny_yaml, tmp_path, monkeypatch, capsys):
+    """Runs a front-end as its script does, but in this process and with the very small model, in the test's own folder:
+    run_here(inference, "--prompt", "a ball", …) → Outcome. `config` is another YAML, or None for what `args` say."""
+    root, threads = logging.getLogger(), torch.get_num_threads()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)  # the model is too small for more
+
+    def run(front_end, *args, config: Path | None = tiny_yaml) -> Outcome:
+        argv = [str(arg) for arg in ([config, *args] if config else args)]
+        capsys.readouterr()
+        code = guarded(lambda: front_end.main(argv))
+        return Outcome(code, *capsys.readouterr())
+
+    yield run
+    torch.set_num_threads(threads)
+    root.handlers[:] = handlers
+    root.setLevel(level)
