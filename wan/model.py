@@ -8,8 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.attention import attention
+from wan.kernels import gated, modulate, rms_rope
 from wan.kv_cache import KVCache
-from wan.rope import RotaryEmbedding, rotate
+from wan.rope import RotaryEmbedding
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,6 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weights, then x·(1+scale)+shift. x [B, F, L, dim], shift and scale [B, F, 1, dim]."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
-
-
 class Attention(nn.Module):
     """q, k, v, o with biases; q and k are RMS-normed over the whole dim before they are split into heads."""
 
@@ -59,28 +55,28 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
 
-    def query(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> Tensor:
         """x [B, S, dim] → [B, S, H, D]."""
-        return self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
-
-    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, dim] → k, v [B, S, H, D]."""
-        k, v = self.norm_k(self.k(x)), self.v(x)
-        return k.unflatten(-1, (-1, self.head_dim)), v.unflatten(-1, (-1, self.head_dim))
+        return x.unflatten(-1, (-1, self.head_dim))
 
 
 class SelfAttention(Attention):
     def forward(self, x: Tensor, turns: Tensor, cache: KVCache, layer: int) -> Tensor:
         """x [B, S, dim] attends to all that the cache holds, x itself included."""
-        k, v = self.key_value(x)
-        k, v = cache.update(layer, rotate(k, turns), v)
-        return self.o(attention(rotate(self.query(x), turns), k, v).flatten(-2))
+        q = rms_rope(self.q(x), self.norm_q.weight, self.norm_q.eps, turns)
+        k = rms_rope(self.k(x), self.norm_k.weight, self.norm_k.eps, turns)
+        k, v = cache.update(layer, k, self.heads(self.v(x)))
+        return self.o(attention(q, k, v).flatten(-2))
 
 
 class CrossAttention(Attention):
+    def key_value(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text [B, text_len, dim] → k, v [B, text_len, H, D]."""
+        return self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
+
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, S, dim] attends to the prompt's keys and values, each [B, text_len, H, D]."""
-        return self.o(attention(self.query(x), *text).flatten(-2))
+        return self.o(attention(self.heads(self.norm_q(self.q(x))), *text).flatten(-2))
 
 
 class Block(nn.Module):
@@ -101,9 +97,9 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + e0).split(1, dim=2)
         frames = x.shape[1]
         y = self.self_attn(modulate(x, shift1, scale1, self.eps).flatten(1, 2), turns, cache, layer)
-        x = torch.addcmul(x, gate1, y.unflatten(1, (frames, -1)))
+        x = gated(x, gate1, y.unflatten(1, (frames, -1)))
         x = x + self.cross_attn(self.norm3(x).flatten(1, 2), text).unflatten(1, (frames, -1))
-        return torch.addcmul(x, gate2, self.ffn(modulate(x, shift2, scale2, self.eps)))
+        return gated(x, gate2, self.ffn(modulate(x, shift2, scale2, self.eps)))
 
 
 class Head(nn.Module):

@@ -1,4 +1,5 @@
-"""Fused kernels: each function is the plain PyTorch version, and hands over to Triton where the data is on a GPU."""
+"""Fused operations. Each has its plain PyTorch version here, and hands over to a Triton kernel where the data is on a
+GPU and no gradient is wanted. Inside, both compute in float32."""
 
 import importlib.util
 
@@ -6,9 +7,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan.rope import rotate
+
 EPS = 1e-24  # only keeps zeros from dividing by zero
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+
+def _fused(x: Tensor) -> bool:
+    return x.is_cuda and HAS_TRITON and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights, then x·(1+scale)+shift. x [B, F, L, dim], shift and scale [B, F, 1, dim]."""
+    if _fused(x):
+        from wan.kernels import triton_wan  # not before: Triton needs a GPU driver
+
+        return triton_wan.modulate(x, shift, scale, eps)
+    return modulate_plain(x, shift, scale, eps)
+
+
+def modulate_plain(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """x + gate·y. x and y [B, F, L, dim], gate [B, F, 1, dim]."""
+    if _fused(x):
+        from wan.kernels import triton_wan
+
+        return triton_wan.gated(x, gate, y)
+    return gated_plain(x, gate, y)
+
+
+def gated_plain(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    return torch.addcmul(x, gate, y)
+
+
+def rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
+    """RMSNorm over the whole dim, then RoPE of each head. x [B, S, dim], turns [S, D/2] → [B, S, H, D]."""
+    if _fused(x):
+        from wan.kernels import triton_wan
+
+        return triton_wan.rms_rope(x, weight, eps, turns)
+    return rms_rope_plain(x, weight, eps, turns)
+
+
+def rms_rope_plain(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
+    return rotate(F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (-1, 2 * turns.shape[-1])), turns)
 
 
 def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -16,8 +63,8 @@ def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> Non
 
     x and out [..., C], contiguous; gamma and bias [C].
     """
-    if x.is_cuda and HAS_TRITON:
-        from wan.kernels import triton_vae  # not before: Triton needs a GPU driver
+    if _fused(x):
+        from wan.kernels import triton_vae
 
         triton_vae.norm_silu(x, gamma, bias, out)
     else:
@@ -31,7 +78,7 @@ def norm_silu_plain(x: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
 
 def add_bias(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
     """x + bias + skip, x overwritten. x and skip [..., C], contiguous; bias [C]."""
-    if x.is_cuda and HAS_TRITON:
+    if _fused(x):
         from wan.kernels import triton_vae
 
         return triton_vae.add_bias(x, bias, skip)
@@ -42,7 +89,7 @@ def add_bias_plain(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
     return (x.float() + bias.float() + skip.float()).to(x.dtype)
 
 
-def is_fast(x: Tensor) -> bool:
+def _is_fast(x: Tensor) -> bool:
     """Whether PyTorch's own 3-D convolution is the fast one for x: not on a CPU with oneDNN, where it takes a loop of
     its own, ten times as slow, for few channels (`use_mkldnn` in ATen's Convolution.cpp)."""
     return x.is_cuda or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available()
@@ -53,7 +100,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     padded with zeros, frames are not."""
     kh, kw = weight.shape[-2:]
     x, padding = x.permute(0, 4, 1, 2, 3), [0, kh // 2, kw // 2]
-    if is_fast(x):
+    if _is_fast(x):
         y = F.conv3d(x, weight, bias, padding=padding)
     else:
         y = torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, [1, 1, 1], [1, 1, 1], 1)

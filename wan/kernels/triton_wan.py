@@ -1,0 +1,85 @@
+"""Triton versions of the element-wise parts of the transformer; the plain ones are in `wan.kernels`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _modulate(x, shift, scale, out, per_frame, frame_stride, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    mask = channel < DIM
+    value = tl.load(x + row * DIM + channel, mask, other=0.0).to(tl.float32)
+    mean = tl.sum(value, 0) / DIM
+    centred = tl.where(mask, value - mean, 0.0)
+    inverse = tl.rsqrt(tl.sum(centred * centred, 0) / DIM + eps)
+    frame = row // per_frame * frame_stride + channel
+    scaled = centred * inverse * (1 + tl.load(scale + frame, mask, other=0.0).to(tl.float32))
+    value = scaled + tl.load(shift + frame, mask, other=0.0).to(tl.float32)
+    tl.store(out + row * DIM + channel, value.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _gated(x, gate, y, out, per_frame, frame_stride, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    mask = channel < DIM
+    value = tl.load(x + row * DIM + channel, mask).to(tl.float32)
+    change = tl.load(y + row * DIM + channel, mask).to(tl.float32)
+    factor = tl.load(gate + row // per_frame * frame_stride + channel, mask).to(tl.float32)
+    tl.store(out + row * DIM + channel, (value + factor * change).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _rms_rope(x, weight, turns, out, tokens, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    mask = channel < DIM
+    value = tl.load(x + row * DIM + channel, mask, other=0.0).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, 0) / DIM + eps)
+    value = value * tl.load(weight + channel, mask, other=0.0).to(tl.float32)
+    real, imaginary = tl.split(tl.reshape(value, [BLOCK // 2, 2]))
+    pair = tl.arange(0, BLOCK // 2)
+    turn = turns + (row % tokens) * PAIRS * 2 + pair % PAIRS * 2
+    cos = tl.load(turn, pair < DIM // 2, other=0.0)
+    sin = tl.load(turn + 1, pair < DIM // 2, other=0.0)
+    turned = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos)
+    tl.store(out + row * DIM + channel, tl.reshape(turned, [BLOCK]).to(out.dtype.element_ty), mask)
+
+
+def _grid(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """One program for each row of x, and the constants that say how long a row is."""
+    dim = x.shape[-1]
+    return (x.numel() // dim,), {"DIM": dim, "BLOCK": triton.next_power_of_2(dim), "num_warps": 4}
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    x, (grid, sizes) = x.contiguous(), _grid(x)
+    out = torch.empty_like(x)
+    _modulate[grid](x, shift, scale, out, x.shape[2], _frame_stride(shift, scale), eps, **sizes)
+    return out
+
+
+def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    x, y, (grid, sizes) = x.contiguous(), y.contiguous(), _grid(x)
+    out = torch.empty_like(x)
+    _gated[grid](x, gate, y, out, x.shape[2], _frame_stride(gate, gate), **sizes)
+    return out
+
+
+def rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
+    x, (grid, sizes) = x.contiguous(), _grid(x)
+    out = torch.empty_like(x)
+    pairs = turns.shape[-1]
+    _rms_rope[grid](x, weight, torch.view_as_real(turns), out, x.shape[1], eps, PAIRS=pairs, **sizes)
+    return out.unflatten(-1, (-1, 2 * pairs))
+
+
+def _frame_stride(a: Tensor, b: Tensor) -> int:
+    """Distance in memory from a frame's modulation to the next one's, for two alike tensors [B, F, 1, dim]."""
+    stride = a.stride(1)
+    if a.stride() != b.stride() or a.stride(-1) != 1 or a.stride(0) != stride * a.shape[1]:
+        raise ValueError(f"modulation with strides {a.stride()} and {b.stride()} is not evenly spaced by frame")
+    return stride
