@@ -11,7 +11,7 @@ from pipeline.loading import BaseModel, load_decoder, load_generator, load_text_
 from pipeline.noise import NoiseSource
 from pipeline.session import Session
 from utils.config import Config, load_config
-from utils.device import memory_free, pick_device, pick_dtype
+from utils.device import memory_free, pick_device, pick_dtype, same_on_any_thread_count
 from utils.errors import UserError
 from wan.geometry import PIXELS
 from wan.model import CausalWan
@@ -45,6 +45,7 @@ class Engine:
 
         Raises UserError for a bad config, or a file that is missing, broken or does not fit.
         """
+        same_on_any_thread_count()
         if not isinstance(config, Config):
             config = load_config(config)
         device = pick_device(config.device, local_rank)

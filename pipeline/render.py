@@ -1,5 +1,6 @@
 """From stories to files: which videos are to be made, and making one."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import itertools
@@ -220,6 +221,7 @@ def _write_sidecar(job: Job, times: VideoTimes, config: Config, complete: bool) 
         temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
         temporary.replace(job.sidecar)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{job.sidecar}: can't be written: {error.strerror}; the video {job.path} is kept, but will "
                         f"not be skipped by the next run") from None

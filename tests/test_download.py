@@ -413,9 +413,11 @@ def test_folder_that_cannot_be_made(hub, client, tmp_path):
 
 
 def test_launcher_passes_its_options_on(tmp_path):
-    shutil.copy(ROOT / "scripts" / "download.sh", tmp_path)
-    (tmp_path / "download.py").write_text("import sys; print(sys.argv[1:])")
-    (tmp_path / "_env.sh").write_text(f'ensure_env() {{ echo "env: $*"; PYTHON="{sys.executable}"; }}')
-    command = ["bash", str(tmp_path / "download.sh"), "--wan-folder", "a folder"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert out.splitlines() == ["env: requirements.txt", "['--wan-folder', 'a folder']"]
+    (tmp_path / "scripts").mkdir()
+    for name in ("download.sh", "_env.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    (tmp_path / "scripts/download.py").write_text("import sys; print(sys.argv[1:])")
+    command = ["bash", str(tmp_path / "scripts/download.sh"), "--wan-folder", "a folder"]
+    environment = os.environ | {"LONGLIVE_PYTHON": sys.executable}
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines() == ["['--wan-folder', 'a folder']"]

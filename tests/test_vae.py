@@ -140,8 +140,8 @@ def test_latents_are_normalised_by_channel(load):
 
 
 def test_every_weight_of_diffusers_decoder_has_its_part():
-    """WanStream walks AutoencoderKLWan's decoder itself. Where this fails, wan/vae.py does not fit the diffusers that is
-    installed."""
+    """WanStream walks AutoencoderKLWan's decoder itself. Where this fails, wan/vae.py does not fit the diffusers that
+    is installed."""
     model = AutoencoderKLWan.from_config({"base_dim": 4})
     stream = WanVAE(model).stream()
     model.decoder.requires_grad_(True)

@@ -1,5 +1,7 @@
 """Device, dtype, and copies between host and device that do not make either wait."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return DTYPES[name]
+
+
+def same_on_any_thread_count() -> None:
+    """Asks MKL for matrix products on the CPU whose last digits do not depend on the number of threads; they cost the
+    same. It heeds this only before its first product in a process. Without it a video made by one process differs
+    from the same one made by one of several that share the cores."""
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
