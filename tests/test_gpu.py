@@ -1,0 +1,138 @@
+"""What only a GPU can show. All of them: `python -m pytest -m gpu`."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from demo.random_checkpoint import SIZES, randomise
+from tests.parity import run
+from utils.checkpoint import fill
+from wan import kernels
+from wan.attention import attention
+from wan.model import CausalWan
+from wan.rope import RotaryEmbedding
+from wan.vae import WanVAE
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖got − expected‖ / ‖expected‖; NaN where a value is not a number."""
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+# A float32 result of the same formula; a bfloat16 result rounds once, at 2^-9.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+@DTYPES
+@pytest.mark.parametrize("batch,frames,tokens,dim", [(1, 3, 1560, 1536), (2, 3, 7, 96), (1, 12, 31, 128)])
+def test_modulate_and_gate(dtype, batch, frames, tokens, dim):
+    x, y = draw(batch, frames, tokens, dim, dtype=dtype) + 3, draw(batch, frames, tokens, dim, dtype=dtype)
+    shift, scale, gate, *_ = draw(batch, frames, 6, dim, dtype=dtype).split(1, dim=2)
+    as_double = [t.double() for t in (x, shift, scale, gate, y)]
+    got = kernels.modulate(x, shift, scale, 1e-6)
+    assert relative(got, kernels.modulate_plain(*as_double[:3], 1e-6)) < TOLERANCE[dtype]
+    got = kernels.gated(x, gate, y)
+    assert relative(got, kernels.gated_plain(as_double[0], as_double[3], as_double[4])) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("batch,frames,rows,columns,dim,head_dim",
+                         [(1, 3, 30, 52, 1536, 128), (2, 3, 3, 5, 96, 48), (1, 1, 2, 2, 128, 64)])
+def test_norm_and_rope(dtype, batch, frames, rows, columns, dim, head_dim):
+    turns = RotaryEmbedding(head_dim, rows, columns, "cuda").turns(200_000, frames)
+    x, weight = draw(batch, frames * rows * columns, dim, dtype=dtype), draw(dim, dtype=dtype)
+    got = kernels.rms_rope(x, weight, 1e-6, turns)
+    assert relative(got, kernels.rms_rope_plain(x.float(), weight.float(), 1e-6, turns)) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 2, 60, 104, 384), (2, 3, 5, 7, 96), (1, 4, 33, 17, 8)])
+def test_norm_silu_and_bias(dtype, shape):
+    x, skip = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype)
+    gamma, bias = draw(shape[-1], dtype=dtype), draw(shape[-1], dtype=dtype)
+    for some_bias in (None, bias):
+        whole = torch.full((shape[0], shape[1] + 2, *shape[2:]), 7.0, device="cuda", dtype=dtype)
+        kernels.norm_silu(x, gamma, some_bias, whole[:, 2:])
+        expected = kernels.norm_silu_plain(x, gamma, some_bias)
+        assert relative(whole[:, 2:], expected) < TOLERANCE[dtype]
+        assert (whole[:, :2] == 7).all()
+    expected = kernels.add_bias_plain(x.float(), bias.float(), skip.float())
+    assert relative(kernels.add_bias(x.clone(), bias, skip), expected) < TOLERANCE[dtype]
+
+
+def test_zeros_stay_zeros():
+    x, gamma = torch.zeros(1, 2, 3, 3, 16, device="cuda"), draw(16)
+    out = torch.full_like(x, 7)
+    kernels.norm_silu(x, gamma, None, out)
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("keys", [512, 4680, 18720])
+def test_attention(keys):
+    q, k, v = draw(1, 1000, 12, 128), draw(1, keys, 12, 128), draw(1, keys, 12, 128)
+    got = attention(*(t.bfloat16() for t in (q, k, v)))
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(128**0.5).softmax(-1)
+    assert relative(got, torch.einsum("bhqk,bkhd->bqhd", weights, v)) < 1e-2
+
+
+@DTYPES
+def test_decoder_streams_what_diffusers_decodes(dtype):
+    with torch.device("meta"):
+        model = AutoencoderKLWan.from_config({"base_dim": 32})
+    weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
+    vae = WanVAE(fill(model, weights, "random", torch.float32)).to("cuda")
+    latents = draw(1, 7, 16, 12, 20)
+    expected = vae.decode(latents)
+    vae.model.to(dtype)
+    stream = vae.stream()
+    got = torch.cat([stream(block) for block in latents.split([3, 3, 1], dim=1)], 1)
+    error = relative(got, expected)
+    assert error < (1e-4 if dtype == torch.float32 else 0.03), error
+    if dtype == torch.bfloat16:
+        assert error <= 1.05 * relative(vae.decode(latents), expected)  # no further off than diffusers' own in bfloat16
+
+
+def test_fused_forward_is_no_further_from_float32_than_the_plain_one(monkeypatch):
+    with torch.device("meta"):
+        model = CausalWan(SIZES["toy"].generator)
+    weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
+    latents, embeds = draw(1, 3, 16, 14, 24), draw(1, 20, SIZES["toy"].generator.text_dim)
+    rope = RotaryEmbedding(SIZES["toy"].generator.head_dim, 7, 12, "cuda")
+
+    class Memory:  # a cache that holds nothing but the block itself
+        def update(self, layer, k, v):
+            return k, v
+
+    def forward(dtype: torch.dtype) -> torch.Tensor:
+        fill(model, weights, "random", dtype).to("cuda")
+        return model(latents, 625.0, 9, rope, Memory(), model.encode_text(embeds))
+
+    fused, exact = forward(torch.bfloat16), forward(torch.float32)
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    plain, plain_exact = forward(torch.bfloat16), forward(torch.float32)
+    assert relative(exact, plain_exact) < 1e-4
+    assert relative(fused, plain_exact) <= 1.1 * relative(plain, plain_exact)
+
+
+def test_every_recorded_case_on_the_gpu(tmp_path):
+    from tests.conftest import GOLDEN
+
+    torch.set_default_device("cuda")
+    try:
+        worst = {name: error for name, error in run(GOLDEN)}
+    finally:
+        torch.set_default_device(None)
+    assert max(worst.values()) < 1e-4, worst
