@@ -1,4 +1,4 @@
-"""Runs every recorded case in a folder of the golden format: `python -m tests.parity FOLDER`.
+"""Runs every recorded case in a folder of the golden format: `python -m tests.parity FOLDER [--device cuda]`.
 
 Prints a line per case, `name  max_abs_err  ok|FAIL`, and exits with 1 where one is over the tolerance.
 """
@@ -26,6 +26,7 @@ from wan.tiny_decoder import TinyDecoder
 from wan.vae import WanVAE
 
 TOLERANCE = 1e-4
+CPU = torch.device("cpu")
 Result = tuple[str, float]
 
 
@@ -36,9 +37,9 @@ def error(got: Tensor, expected: Tensor) -> float:
     return (got.float() - expected.float()).abs().max().item()
 
 
-def tensors(path: Path) -> tuple[dict[str, Tensor], dict | None]:
+def tensors(path: Path, device: torch.device = CPU) -> tuple[dict[str, Tensor], dict | None]:
     """Tensors of a case and, for a generator's, its settings."""
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "pt", device=str(device)) as file:
         case = (file.metadata() or {}).get("case")
         return {key: file.get_tensor(key) for key in file.keys()}, json.loads(case) if case else None  # noqa: SIM118
 
@@ -96,7 +97,7 @@ def roll_out(config: Config, generator: CausalWan, case: dict, recorded: dict[st
 
 def generator_case(folder: Path, name: str, recorded: dict[str, Tensor], case: dict) -> Iterator[Result]:
     config = settings(case)
-    generator = load_generator(folder, case.get("lora", False))
+    generator = load_generator(folder, case.get("lora", False)).to(recorded["noise"].device)
     latents = [roll_out(config, generator, case, recorded, sample) for sample in range(case["batch"])]
     yield name, error(torch.cat(latents), recorded["latents"])
 
@@ -106,7 +107,7 @@ def text_case(folder: Path, name: str, recorded: dict[str, Tensor]) -> Iterator[
         sizes = {"feed_forward_proj": "gated-gelu", **read_json(folder / "t5_config.json")}
         model = UMT5EncoderModel(UMT5Config(**sizes))
     path = folder / "models_t5_umt5-xxl-enc-bf16.pth"
-    fill(model, text_encoder_from_wan(read(path)), str(path), torch.float32)
+    fill(model, text_encoder_from_wan(read(path)), str(path), torch.float32).to(recorded["input_ids"].device)
     embeds = encode(model, recorded["input_ids"], recorded["attention_mask"])
     yield name, error(embeds, recorded["prompt_embeds"])
 
@@ -127,6 +128,7 @@ def vae_case(folder: Path, name: str, recorded: dict[str, Tensor]) -> Iterator[R
         model = AutoencoderKLWan.from_config(read_json(folder / "vae_config.json"))
     path = folder / "Wan2.1_VAE.pth"
     vae = WanVAE(fill(model, vae_from_wan(read(path), model.config.num_res_blocks), str(path), torch.float32))
+    vae.to(recorded["latents"].device)
     yield f"{name}.decode", error(vae.decode(recorded["latents"]), recorded["video"])
     yield f"{name}.stream", error(stream(vae, recorded["latents"]), recorded["video"])
     yield f"{name}.encode", error(vae.encode(recorded["pixels"]), recorded["encoded"])
@@ -137,15 +139,16 @@ def tiny_case(folder: Path, name: str, recorded: dict[str, Tensor]) -> Iterator[
     state = {key: value for key, value in read(path).items() if not key.startswith("encoder.")}
     with torch.device("meta"):
         model = TinyDecoder.like(state)
-    decoder = fill(model, state, str(path), torch.float32)
+    decoder = fill(model, state, str(path), torch.float32).to(recorded["latents"].device)
     yield f"{name}.decode", error((decoder.decode(recorded["latents"]) + 1) / 2, recorded["video"])
     yield f"{name}.stream", error((stream(decoder, recorded["latents"]) + 1) / 2, recorded["video"])
 
 
-def run(folder: Path) -> Iterator[Result]:
+def run(folder: Path, device: torch.device = CPU) -> Iterator[Result]:
     """(name, max_abs_err) of every case in the folder."""
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in whole float32, as the cases were recorded
     for path in sorted(folder.glob("*.safetensors")):
-        recorded, case = tensors(path)
+        recorded, case = tensors(path, device)
         if case is not None:
             yield from generator_case(folder, path.stem, recorded, case)
         elif "input_ids" in recorded:
@@ -160,9 +163,10 @@ def run(folder: Path) -> Iterator[Result]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    results = []
-    for name, err in run(folder):
+    parser.add_argument("--device", type=torch.device, default=CPU)
+    args = parser.parse_args()
+    folder, results = args.folder, []
+    for name, err in run(folder, args.device):
         results.append(err <= TOLERANCE)
         print(f"{name:28} {err:.2e}  {'ok' if results[-1] else 'FAIL'}", flush=True)
     if not results:

@@ -146,7 +146,10 @@ def test_endless_works_in_both_front_ends(make):
     assert len(read_frames(switched / "0000-0.mp4")) == 93
 
 
-@pytest.mark.parametrize("name", ["longlive_inference", "longlive_interactive_inference", "longlive_inference_infinity"])
+ORIGINALS = ["longlive_inference", "longlive_interactive_inference", "longlive_inference_infinity"]
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
 def test_the_original_configs_run_unedited(name, tmp_path, monkeypatch):
     """In a folder laid out as the original's: wan_models/, longlive_models/, prompts. Only smaller and shorter."""
     sizes = dataclasses.replace(TINY, lora_rank=256)

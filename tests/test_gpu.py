@@ -5,10 +5,11 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from demo.random_checkpoint import SIZES, randomise
+from tests.conftest import GOLDEN
 from tests.parity import run
 from utils.checkpoint import fill
 from wan import kernels
-from wan.attention import attention
+from wan.attention import attention, fastest
 from wan.model import CausalWan
 from wan.rope import RotaryEmbedding
 from wan.vae import WanVAE
@@ -83,17 +84,19 @@ def test_zeros_stay_zeros():
 @pytest.mark.parametrize("keys", [512, 4680, 18720])
 def test_attention(keys):
     q, k, v = draw(1, 1000, 12, 128), draw(1, keys, 12, 128), draw(1, keys, 12, 128)
-    got = attention(*(t.bfloat16() for t in (q, k, v)))
+    with fastest(q.device):
+        got = attention(*(t.bfloat16() for t in (q, k, v)))
     weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(128**0.5).softmax(-1)
     assert relative(got, torch.einsum("bhqk,bkhd->bqhd", weights, v)) < 1e-2
 
 
 @DTYPES
-def test_decoder_streams_what_diffusers_decodes(dtype):
+def test_decoder_streams_what_diffusers_decodes(dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config({"base_dim": 32})
     weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
-    vae = WanVAE(fill(model, weights, "random", torch.float32)).to("cuda")
+    vae = WanVAE(fill(model, weights, "random", torch.float32)).to(torch.device("cuda"))
     latents = draw(1, 7, 16, 12, 20)
     expected = vae.decode(latents)
     vae.model.to(dtype)
@@ -127,12 +130,6 @@ def test_fused_forward_is_no_further_from_float32_than_the_plain_one(monkeypatch
     assert relative(fused, plain_exact) <= 1.1 * relative(plain, plain_exact)
 
 
-def test_every_recorded_case_on_the_gpu(tmp_path):
-    from tests.conftest import GOLDEN
-
-    torch.set_default_device("cuda")
-    try:
-        worst = {name: error for name, error in run(GOLDEN)}
-    finally:
-        torch.set_default_device(None)
-    assert max(worst.values()) < 1e-4, worst
+def test_every_recorded_case_on_the_gpu():
+    worst = dict(run(GOLDEN, torch.device("cuda")))
+    assert len(worst) > 10 and max(worst.values()) < 1e-4, worst

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from wan.attention import attention
+from wan.attention import attention, fastest
 from wan.kernels import gated, modulate, rms_rope
 from wan.kv_cache import KVCache
 from wan.rope import RotaryEmbedding
@@ -157,8 +157,9 @@ class CausalWan(nn.Module):
         e = self.time_embedding(sinusoid(t, self.config.freq_dim).to(weight.dtype))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
         turns = rope.turns(position, frames)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, e0, turns, cache, layer, text[layer])
+        with fastest(x.device):
+            for layer, block in enumerate(self.blocks):
+                x = block(x, e0, turns, cache, layer, text[layer])
         _, ph, pw = self.config.patch_size
         x = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=height // ph, p=ph, q=pw)
         return x.to(latents.dtype)
