@@ -74,6 +74,20 @@ def test_norm_silu_and_bias(dtype, shape):
     assert relative(kernels.add_bias(x.clone(), bias, skip), expected) < TOLERANCE[dtype]
 
 
+@DTYPES
+def test_linear_and_gelu(dtype):
+    x, weight, bias = draw(2, 3, 50, 96, dtype=dtype), draw(200, 96, dtype=dtype), draw(200, dtype=dtype)
+    got = kernels.linear_gelu(x, weight, bias)
+    assert relative(got, kernels.linear_gelu_plain(x.double(), weight.double(), bias.double())) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(4, 60, 104, 384), (2, 5, 7, 24), (1, 3, 1500, 4)])
+def test_twice(dtype, shape):
+    x = draw(*shape, dtype=dtype)
+    assert torch.equal(kernels.twice(x), kernels.twice_plain(x))
+
+
 def test_zeros_stay_zeros():
     x, gamma = torch.zeros(1, 2, 3, 3, 16, device="cuda"), draw(16)
     out = torch.full_like(x, 7)

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.attention import attention, fastest
-from wan.kernels import gated, modulate, rms_rope
+from wan.kernels import gated, linear_gelu, modulate, rms_rope
 from wan.kv_cache import KVCache
 from wan.rope import RotaryEmbedding
 
@@ -99,7 +99,9 @@ class Block(nn.Module):
         y = self.self_attn(modulate(x, shift1, scale1, self.eps).flatten(1, 2), turns, cache, layer)
         x = gated(x, gate1, y.unflatten(1, (frames, -1)))
         x = x + self.cross_attn(self.norm3(x).flatten(1, 2), text).unflatten(1, (frames, -1))
-        return gated(x, gate2, self.ffn(modulate(x, shift2, scale2, self.eps)))
+        wide, narrow = self.ffn[0], self.ffn[2]
+        y = narrow(linear_gelu(modulate(x, shift2, scale2, self.eps), wide.weight, wide.bias))
+        return gated(x, gate2, y)
 
 
 class Head(nn.Module):

@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from wan.kernels import EPS, add_bias, conv3d, norm_silu
+from wan.kernels import EPS, add_bias, conv3d, norm_silu, twice
 
 HISTORY = 2  # frames that a causal convolution sees of the past
 
@@ -124,7 +124,7 @@ class WanStream:
             pairs = self._causal(block.time_conv, x)  # the two frames of each lie in its channels
             x = pairs.unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
         batch, conv = len(x), block.resample[1]
-        x = F.interpolate(x.flatten(0, 1).permute(0, 3, 1, 2), scale_factor=2, mode="nearest-exact")
+        x = twice(x.flatten(0, 1)).permute(0, 3, 1, 2)
         return F.conv2d(x, conv.weight, conv.bias, padding=1).permute(0, 2, 3, 1).unflatten(0, (batch, -1))
 
 

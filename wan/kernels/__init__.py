@@ -58,6 +58,17 @@ def rms_rope_plain(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tens
     return rotate(F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (-1, 2 * turns.shape[-1])), turns)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x·weightᵀ + bias), by tanh. x [..., C], weight [C', C] → [..., C']."""
+    if _fused(x):  # cuBLAS applies it before it writes the product
+        return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
+    return linear_gelu_plain(x, weight, bias)
+
+
+def linear_gelu_plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
 def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out ← SiLU(RMSNorm(x + bias)·gamma), over the last axis; inside in float32.
 
@@ -87,6 +98,20 @@ def add_bias(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
 
 def add_bias_plain(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
     return (x.float() + bias.float() + skip.float()).to(x.dtype)
+
+
+def twice(x: Tensor) -> Tensor:
+    """Every row and column twice. x [N, H, W, C], contiguous → [N, 2H, 2W, C]."""
+    if _fused(x):
+        from wan.kernels import triton_vae
+
+        return triton_vae.twice(x)
+    return twice_plain(x)
+
+
+def twice_plain(x: Tensor) -> Tensor:
+    n, height, width, channels = x.shape
+    return x[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).reshape(n, 2 * height, 2 * width, channels)
 
 
 def _is_fast(x: Tensor) -> bool:

@@ -35,6 +35,19 @@ def _add_bias(x, bias, skip, count, C: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(x + offsets, value.to(x.dtype.element_ty), mask)
 
 
+@triton.jit
+def _twice(x, out, width, C: tl.constexpr, BLOCK_C: tl.constexpr, PIXELS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # of the input, over all frames
+    column = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.arange(0, BLOCK_C)
+    mask = (column < width)[:, None] & (channel < C)[None, :]
+    value = tl.load(x + (row * width + column)[:, None] * C + channel[None, :], mask)
+    for dy in tl.static_range(2):
+        for dx in tl.static_range(2):
+            to = ((2 * row + dy) * 2 * width + 2 * column + dx)[:, None] * C + channel[None, :]
+            tl.store(out + to, value, mask)
+
+
 def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> None:
     channels = x.shape[-1]
     block = triton.next_power_of_2(channels)
@@ -52,6 +65,15 @@ def add_bias(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
     block = 2048
     _add_bias[(triton.cdiv(x.numel(), block),)](x, bias, _contiguous(skip), x.numel(), C=x.shape[-1], BLOCK=block)
     return x
+
+
+def twice(x: Tensor) -> Tensor:
+    x, (n, height, width, channels) = _contiguous(x), x.shape
+    out = x.new_empty(n, 2 * height, 2 * width, channels)
+    block = triton.next_power_of_2(channels)
+    pixels = max(1, ELEMENTS // block)
+    _twice[(n * height, triton.cdiv(width, pixels))](x, out, width, C=channels, BLOCK_C=block, PIXELS=pixels)
+    return out
 
 
 def _contiguous(x: Tensor) -> Tensor:
