@@ -47,8 +47,8 @@ def same_on_any_thread_count() -> None:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`, without waiting for the device."""
-    if device.type == "cuda":
+    """A tensor on `device`; where it comes from the host, without waiting for the device."""
+    if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
