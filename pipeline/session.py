@@ -9,7 +9,6 @@ from utils.config import Config
 from utils.device import download, upload
 from utils.timing import Stopwatch
 from wan.geometry import PIXELS
-from wan.graphs import GraphedWan
 from wan.kv_cache import KVCache
 from wan.model import CausalWan
 from wan.rope import RotaryEmbedding
@@ -48,7 +47,6 @@ class Session:
         self.prompt: str | None = None  # the prompt that the cache holds
         self._asked: str | None = None  # the prompt of the next block
         self._text: list[tuple[Tensor, Tensor]] = []  # cross-attention keys and values of `prompt`
-        self._graphed: GraphedWan | None = None  # replays passes, on a GPU
         self._latents: list[Tensor] = []  # clean latents of the latest blocks, as many as a re-cache needs
 
     @property
@@ -101,7 +99,7 @@ class Session:
             raise ValueError("no prompt: call set_prompt before the first step")
         if self._asked != self.prompt:
             with self.watch.stage("text"):
-                self._set_text(self.generator.encode_text(upload(self.encode(self._asked), self.device)))
+                self._text = self.generator.encode_text(upload(self.encode(self._asked), self.device))
                 self.prompt = self._asked
             if self.block > 0:
                 with self.watch.stage("re-cache"):
@@ -109,17 +107,6 @@ class Session:
         elif self.block > 0:
             with self.watch.stage("clean pass"):
                 self._clean_pass(self._latents[-1])
-
-    def _set_text(self, text: list[tuple[Tensor, Tensor]]) -> None:
-        """In place from the second prompt on, as captured passes read the memory of the first."""
-        if self._text:
-            for present, new in zip(self._text, text, strict=True):
-                for old, value in zip(present, new, strict=True):
-                    old.copy_(value)
-            return
-        self._text = text
-        if self.config.cuda_graphs and self.device.type == "cuda":
-            self._graphed = GraphedWan(self.generator, self.cache, text)
 
     def _recache(self) -> None:
         """Rebuilds the K/V of the latest latents under the new prompt, in one pass at t = context_noise.
@@ -139,6 +126,4 @@ class Session:
         self._forward(latents, self.config.context_noise, self.position - latents.shape[1])
 
     def _forward(self, latents: Tensor, t: float, position: int) -> Tensor:
-        if self._graphed is not None:
-            return self._graphed(latents, t, position, self.rope)
         return self.generator(latents, t, position, self.rope, self.cache, self._text)

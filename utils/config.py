@@ -19,7 +19,7 @@ from wan.geometry import PIXELS
 # Keys that say where and how fast a video is made, not which video it is.
 PLACEMENT = {
     "data_path", "output_folder", "inference_iter", "num_samples", "save_with_index", "device", "text_encoder_device",
-    "cache_merged", "cuda_graphs", "num_output_frames", "switch_frame_indices", "seed", "adapter",
+    "cache_merged", "num_output_frames", "switch_frame_indices", "seed", "adapter",
 }
 
 
@@ -87,7 +87,6 @@ class Config:
     text_encoder_dtype: str = "bfloat16"
     vae: str = "wan"  # wan, or taehv: the tiny decoder
     vae_ckpt: str | None = None  # None: the base model's own; needed for taehv
-    cuda_graphs: bool = True  # on a GPU: replay passes as CUDA graphs; false: launch each kernel from Python
     cache_merged: bool = True  # keep the merged generator beside its sources for the next start
     crf: int = 18  # H.264 quality: 0 is lossless, 51 the worst
 

@@ -151,21 +151,17 @@ class CausalWan(nn.Module):
         The latents are the frames `position …` of the video; their keys and values go to the slots that
         `cache.begin` picked. Returned in the dtype of `latents`.
         """
-        times = torch.full(latents.shape[:2], t, dtype=torch.float64, device=latents.device)
-        return self.flow(latents, times, rope.turns(position, latents.shape[1]), cache, text)
-
-    def flow(self, latents: Tensor, times: Tensor, turns: Tensor, cache: KVCache,
-             text: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """`forward` for a timestep for each latent, times [B, F], and turns [F·L, D/2] of RoPE: only tensors, so that
-        a pass can be captured as a CUDA graph."""
         weight = self.patch_embedding.weight
-        _, ph, pw = self.config.patch_size
+        batch, frames, _, height, _ = latents.shape
         x = self.patch_embedding(latents.to(weight.dtype).transpose(1, 2))
         x = rearrange(x, "b d f h w -> b f (h w) d")
-        e = self.time_embedding(sinusoid(times, self.config.freq_dim).to(weight.dtype))
+        t = torch.full((batch, frames), t, dtype=torch.float64, device=latents.device)
+        e = self.time_embedding(sinusoid(t, self.config.freq_dim).to(weight.dtype))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
+        turns = rope.turns(position, frames)
         with fastest(x.device):
             for layer, block in enumerate(self.blocks):
                 x = block(x, e0, turns, cache, layer, text[layer])
-        x = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=latents.shape[-2] // ph, p=ph, q=pw)
+        _, ph, pw = self.config.patch_size
+        x = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=height // ph, p=ph, q=pw)
         return x.to(latents.dtype)
