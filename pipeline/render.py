@@ -153,21 +153,21 @@ def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
     config, timeline = engine.config, job.timeline
     times = VideoTimes(job.path.stem)
     start = time.perf_counter()
-    writer = Mp4Writer(job.path, width=config.width, height=config.height, fps=config.fps, crf=config.crf)
-    session = None
-    try:
-        with writer:
-            session = engine.session(job.seed, job.sample)
-            with _progress(job, config, show_progress) as bar:
-                sent = 0
+    session, sent = None, 0
+    with held() as hold:  # a Ctrl-C stops the work, never the finishing of the two files
+        writer = Mp4Writer(job.path, width=config.width, height=config.height, fps=config.fps, crf=config.crf)
+        try:
+            with writer, _progress(job, config, show_progress) as bar:
+                with hold.lifted():
+                    session = engine.session(job.seed, job.sample)
                 for prompt in timeline:
-                    session.set_prompt(prompt)
-                    frames = session.step()[: timeline.frames - sent]
-                    writer.write(frames)
+                    with hold.lifted():
+                        session.set_prompt(prompt)
+                        frames = session.step()[: timeline.frames - sent]
+                        writer.write(frames)
                     sent += len(frames)
                     _advance(bar, len(frames), start, engine)
-    finally:
-        with held():
+        finally:
             times.wall, times.frames = time.perf_counter() - start, writer.frames
             if session is not None:
                 times.latents, times.stages = session.position, {**session.watch.read(), "encode": [writer.seconds]}

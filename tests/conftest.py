@@ -1,5 +1,6 @@
 import dataclasses
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from demo.random_checkpoint import Sizes, write
 from utils.cli import guarded
 from utils.config import Adapter, Config
+from utils.interrupts import STOPPING
 from wan.model import WanConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -86,6 +88,7 @@ def run_here(tiny_yaml, tmp_path, monkeypatch, capsys):
     run_here(inference, "--prompt", "a ball", …) → Outcome. `config` is another YAML, or None for what `args` say."""
     root, threads = logging.getLogger(), torch.get_num_threads()
     handlers, level = root.handlers[:], root.level
+    signals = {number: signal.getsignal(number) for number in STOPPING}
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)  # the model is too small for more
 
@@ -99,3 +102,5 @@ def run_here(tiny_yaml, tmp_path, monkeypatch, capsys):
     torch.set_num_threads(threads)
     root.handlers[:] = handlers
     root.setLevel(level)
+    for number, handler in signals.items():
+        signal.signal(number, handler)

@@ -328,6 +328,19 @@ def test_interrupt_while_a_file_is_closed_comes_after_it(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_interrupt_while_a_file_is_opened_leaves_none(tmp_path, monkeypatch):
+    start = Mp4Writer._start
+
+    def interrupted(video: Mp4Writer, command: list[str]) -> None:
+        start(video, command)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Mp4Writer, "_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer(tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_writer_closes_in_any_thread(tmp_path):
     def make() -> None:
         with writer(tmp_path / "a.mp4") as video:

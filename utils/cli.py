@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils.config import Config, load_config, nearest
 from utils.errors import UserError
-from utils.interrupts import raised
+from utils.interrupts import raise_interrupts
 from utils.paths import find_file, read_text
 from utils.prompts import LONGEST_SECONDS, Story, check_story
 from wan.geometry import frames_of
@@ -154,26 +154,27 @@ def _length(args: argparse.Namespace, config: Config) -> int:
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Runs a front-end. Returns its exit code; says in one line what the user can mend.
+    """Runs a front-end, as all that its process does. Returns its exit code; says in one line what the user can mend.
 
     0 done, 1 unexpected failure (with its traceback), 2 bad input or too little memory, 130 interrupted.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "filelock", "transformers", "diffusers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    with raised():
-        try:
-            work()
-        except UserError as error:
-            return _fail(str(error))
-        except KeyboardInterrupt:
+    was_interrupted = raise_interrupts()
+    try:
+        work()
+    except (Exception, KeyboardInterrupt) as error:
+        # In the middle of a library's work an interrupt can come out as any other error.
+        if was_interrupted() or isinstance(error, KeyboardInterrupt):
             _say("interrupted; run the same command again to go on, finished videos are skipped")
             return EXIT_INTERRUPTED
-        except Exception as error:
-            if mendable := _mendable(error):
-                return _fail(mendable)
-            traceback.print_exc()
-            return EXIT_FAILED
+        if isinstance(error, UserError):
+            return _fail(str(error))
+        if mendable := _mendable(error):
+            return _fail(mendable)
+        traceback.print_exc()
+        return EXIT_FAILED
     return EXIT_DONE
 
 

@@ -46,10 +46,19 @@ class Mp4Writer:
         self.frames = 0  # handed to ffmpeg
         self.seconds = 0.0  # that ffmpeg took for them
         self._shape = (height, width, 3)
+        self._process: subprocess.Popen | None = None
         self._ffmpeg = find_ffmpeg()
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
         command = [self._ffmpeg, "-y", "-loglevel", "error", *source, "-an", *COLOURS, *ENCODER, "-crf", str(crf),
                    "-g", str(2 * fps), *FRAGMENTS, str(self.partial.resolve())]
+        try:
+            with held():
+                self._start(command)
+        except KeyboardInterrupt:
+            self.close()
+            raise
+
+    def _start(self, command: list[str]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self.partial.open("ab")
