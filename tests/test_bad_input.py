@@ -281,6 +281,7 @@ def test_length_on_the_command_line_is_rounded_up_and_trimmed(run_here, tmp_path
     ([*BALL, "other.yaml"], ["one config at a time", "other.yaml"]),
     (["seed"], ["seed: no such file", "key=value"]),
     (["a red ball"], ["a red ball: no such file", "--prompt TEXT"]),
+    (["a red\nball.txt"], ["a red ball.txt: no such file"]),
     ([], ["no prompts", "--prompt TEXT"]),
     (["data_path=nothing.txt"], ["data_path=nothing.txt: no such file", "--prompt TEXT"]),
 ])

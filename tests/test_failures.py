@@ -17,6 +17,7 @@ import torch
 
 import inference
 import pipeline.render
+import utils.interrupts
 import utils.video
 from pipeline.engine import Engine
 from pipeline.session import Session
@@ -306,6 +307,31 @@ def test_interrupt_in_the_second_video_keeps_the_first(run_here, videos, monkeyp
     outcome = run_here(inference, *BALL, "--prompt", "a blue cube")
     assert outcome.code == 0 and "0000-0.mp4 is there already, skipped" in outcome.err
     assert names(videos) == ["0000-0.json", "0000-0.mp4", "0001-0.json", "0001-0.mp4"]
+
+
+def test_interrupts_that_follow_another_soon_are_dropped(run_here, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(utils.interrupts.time, "monotonic", lambda: clock[0])
+    was_interrupted = utils.interrupts.raise_interrupts()
+    assert not was_interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert was_interrupted()
+    for _ in range(5):
+        clock[0] += 2.5
+        interrupt()
+    clock[0] += 3.5
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+
+
+def test_signal_that_was_switched_off_stays_off(run_here, videos, at_block, monkeypatch):
+    """As nohup does with SIGHUP."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_block(2, lambda: signal.raise_signal(signal.SIGHUP))
+    assert run_here(inference, *BALL).code == 0
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert description(videos)["complete"]
 
 
 # Signals, to a process of its own

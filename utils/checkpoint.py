@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,9 @@ def read(path: Path) -> dict:
 def _load_torch(path: Path) -> dict:
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
-    contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # files before torch 1.6: no zip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about pickle protocols; what it can't read it refuses
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # before torch 1.6: no zip
     if not isinstance(contents, dict):
         raise UserError(f"{path}: holds a {type(contents).__name__}, not a dictionary of tensors")
     return contents
