@@ -12,7 +12,10 @@ from demo.random_checkpoint import Sizes, write
 from utils.cli import guarded
 from utils.config import Adapter, Config
 from utils.interrupts import STOPPING
-from wan.model import WanConfig
+from wan.model import CausalWan, WanConfig
+
+# On tensors as small as the tests' several threads wait for each other, on a busy machine for minutes.
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "data/golden"
@@ -30,6 +33,13 @@ def tiny_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write(folder / "tiny", TINY, seed=0, device="cpu")
     return folder
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, torch.Tensor]:
+    """Weights of a very small generator."""
+    torch.manual_seed(0)
+    return {name: value.clone() for name, value in CausalWan(TINY.generator).state_dict().items()}
 
 
 @pytest.fixture
@@ -52,6 +62,13 @@ def tiny_yaml(tiny_config, tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
     OmegaConf.save(OmegaConf.create(dataclasses.asdict(tiny_config)), path)
     return path
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=tolerance,
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 @dataclasses.dataclass
@@ -86,11 +103,10 @@ def run_script(tmp_path):
 def run_here(tiny_yaml, tmp_path, monkeypatch, capsys):
     """Runs a front-end as its script does, but in this process and with the very small model, in the test's own folder:
     run_here(inference, "--prompt", "a ball", …) → Outcome. `config` is another YAML, or None for what `args` say."""
-    root, threads = logging.getLogger(), torch.get_num_threads()
+    root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     signals = {number: signal.getsignal(number) for number in STOPPING}
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)  # the model is too small for more
 
     def run(front_end, *args, config: Path | None = tiny_yaml) -> Outcome:
         argv = [str(arg) for arg in ([config, *args] if config else args)]
@@ -99,7 +115,6 @@ def run_here(tiny_yaml, tmp_path, monkeypatch, capsys):
         return Outcome(code, *capsys.readouterr())
 
     yield run
-    torch.set_num_threads(threads)
     root.handlers[:] = handlers
     root.setLevel(level)
     for number, handler in signals.items():

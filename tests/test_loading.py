@@ -71,15 +71,6 @@ def as_published(state: State) -> State:
     return {f"model.{name}": value for name, value in state.items()}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads on tensors as small as these wait for each other, on a busy machine for minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def generator_state() -> State:
     torch.manual_seed(0)

@@ -28,15 +28,6 @@ def tiny_weights() -> dict[str, torch.Tensor]:
     return state | {"encoder.0.weight": torch.zeros(4, 3, 3, 3), "encoder.0.bias": torch.zeros(4)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads on convolutions as small as these wait for each other, on a busy machine for minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def load(tiny_folder, tmp_path_factory):
     """load("wan") or load("taehv") → the decoder that a config with this `vae` gives."""
