@@ -66,6 +66,8 @@ run_front_end() {
   local program="$ROOT/$1" processes
   shift
   processes="${LONGLIVE_PROCESSES:-$(visible_gpus)}"
+  # CPU threads that wait for each other sleep. By default they spin, and whatever else runs makes a small model crawl.
+  export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
   case "$processes" in *[!0-9]*) fail "LONGLIVE_PROCESSES=$processes is not a number of processes" ;; esac
   if [ "$processes" -gt 1 ]; then
     # torchrun gives each process one thread where this is not set; the text encoder may run on the CPU.

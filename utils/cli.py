@@ -192,7 +192,7 @@ def _mendable(error: Exception) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(line + "\n")
 
 
 def _fail(message: str) -> int:
