@@ -87,6 +87,12 @@ class Outcome:
         return lines[0]
 
 
+def assert_complains(outcome: Outcome, *words: str) -> None:
+    line = outcome.error_line()
+    for word in words:
+        assert str(word) in line, (word, line)
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """Runs a front-end as a user does: run_script("inference.py", "--prompt", "a ball", …) → Outcome."""
