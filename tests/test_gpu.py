@@ -147,3 +147,15 @@ def test_fused_forward_is_no_further_from_float32_than_the_plain_one(monkeypatch
 def test_every_recorded_case_on_the_gpu():
     worst = dict(run(GOLDEN, torch.device("cuda")))
     assert len(worst) > 10 and max(worst.values()) < 1e-4, worst
+
+
+def test_gradients_flow_where_they_are_wanted():
+    """As in training a LoRA: only one of a fused operation's inputs may need a gradient."""
+    with torch.inference_mode(False):
+        x, y, gate = (torch.randn(1, 2, 3, 16, device="cuda") for _ in range(3))
+        y.requires_grad_(True)
+        kernels.gated(x, gate[:, :, :1], y).sum().backward()
+        assert y.grad.any()
+        weight = torch.randn(8, 16, device="cuda", requires_grad=True)
+        kernels.linear_gelu(x, weight, torch.zeros(8, device="cuda")).sum().backward()
+        assert weight.grad.any()

@@ -14,14 +14,14 @@ EPS = 1e-24  # only keeps zeros from dividing by zero
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-
-def _fused(x: Tensor) -> bool:
-    return x.is_cuda and HAS_TRITON and not (torch.is_grad_enabled() and x.requires_grad)
+def _fused(*inputs: Tensor) -> bool:
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return inputs[0].is_cuda and HAS_TRITON and not wanted
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm without weights, then x·(1+scale)+shift. x [B, F, L, dim], shift and scale [B, F, 1, dim]."""
-    if _fused(x):
+    if _fused(x, shift, scale):
         from wan.kernels import triton_wan  # not before: Triton needs a GPU driver
 
         return triton_wan.modulate(x, shift, scale, eps)
@@ -34,7 +34,7 @@ def modulate_plain(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
 
 def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate·y. x and y [B, F, L, dim], gate [B, F, 1, dim]."""
-    if _fused(x):
+    if _fused(x, gate, y):
         from wan.kernels import triton_wan
 
         return triton_wan.gated(x, gate, y)
@@ -47,7 +47,7 @@ def gated_plain(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 def rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
     """RMSNorm over the whole dim, then RoPE of each head. x [B, S, dim], turns [S, D/2] → [B, S, H, D]."""
-    if _fused(x):
+    if _fused(x, weight):
         from wan.kernels import triton_wan
 
         return triton_wan.rms_rope(x, weight, eps, turns)
@@ -60,7 +60,7 @@ def rms_rope_plain(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tens
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU(x·weightᵀ + bias), by tanh. x [..., C], weight [C', C] → [..., C']."""
-    if _fused(x):  # cuBLAS applies it before it writes the product
+    if _fused(x, weight, bias):  # cuBLAS applies it before it writes the product
         return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
     return linear_gelu_plain(x, weight, bias)
 
@@ -74,7 +74,7 @@ def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> Non
 
     x and out [..., C], contiguous; gamma and bias [C].
     """
-    if _fused(x):
+    if _fused(x, gamma):
         from wan.kernels import triton_vae
 
         triton_vae.norm_silu(x, gamma, bias, out)
@@ -89,7 +89,7 @@ def norm_silu_plain(x: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
 
 def add_bias(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
     """x + bias + skip, x overwritten. x and skip [..., C], contiguous; bias [C]."""
-    if _fused(x):
+    if _fused(x, bias, skip):
         from wan.kernels import triton_vae
 
         return triton_vae.add_bias(x, bias, skip)
