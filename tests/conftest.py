@@ -64,6 +64,12 @@ def tiny_yaml(tiny_config, tmp_path) -> Path:
     return path
 
 
+@pytest.fixture
+def videos(tmp_path) -> Path:
+    """The folder that the videos of a test go to."""
+    return tmp_path / "videos"
+
+
 def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     assert set(got) == set(expected)
     for name, value in expected.items():

@@ -162,9 +162,10 @@ class Mp4Writer:
 
     def _raise_failure(self) -> None:
         process, self._process = self._process, None
+        self._queue.put(None)
+        self._thread.join()
         with contextlib.suppress(OSError):
             process.stdin.close()
-        self._queue.put(None)
         code = process.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
