@@ -27,6 +27,14 @@ TINY = Sizes(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _signals_are_on():
+    """A shell that starts the tests in the background switches Ctrl-C off for them and all that they start."""
+    for number in STOPPING:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A folder with a very small random model in the released layout, `tiny/`."""
