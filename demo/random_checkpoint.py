@@ -1,7 +1,7 @@
 """Seeded random weights in the layout of the released files: `python -m demo.random_checkpoint FOLDER --size toy|full`.
 
-`toy` is the checkpoint that comes with this repository until the small model is trained; `full` has the shapes of Wan
-2.1 T2V-1.3B, UMT5-XXL and LongLive's LoRA, for measuring speed and memory, which do not depend on the values.
+`toy` has the shapes of the small model that comes with this repository, `full` those of Wan 2.1 T2V-1.3B, UMT5-XXL and
+LongLive's LoRA: for tests, and for measuring speed and memory, which do not depend on the values.
 """
 
 import argparse
@@ -16,9 +16,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from demo.captions import corpus
 from wan.model import CausalWan, WanConfig
-
-CAPTIONS = Path(__file__).parent / "captions.txt"
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,12 @@ class Sizes:
 
 SIZES = {
     "toy": Sizes(
-        WanConfig(dim=128, ffn_dim=384, freq_dim=64, text_dim=64, num_heads=2, num_layers=4),
-        {"base_dim": 8}, {"vocab_size": 512, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
-        lora_rank=8, text_dtype=torch.float32,
+        WanConfig(dim=256, ffn_dim=768, freq_dim=64, text_dim=128, num_heads=4, num_layers=6, text_len=128),
+        # Two pixels by two are one position of the VAE's largest maps: a quarter of the work.
+        {"base_dim": 16, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "temperal_downsample": [True, True],
+         "patch_size": 2, "in_channels": 12, "out_channels": 12},
+        {"vocab_size": 1024, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 3, "num_heads": 4},
+        lora_rank=16, text_dtype=torch.float32,
     ),
     "full": Sizes(
         WanConfig(), {}, {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
@@ -71,17 +73,27 @@ def lora(model: nn.Module, rank: int, device: str, generator: torch.Generator) -
     return state
 
 
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned from a few captions, with UMT5's special tokens; every text has tokens."""
+def tokenizer(vocabulary: int, lines: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learned from these lines, with UMT5's special tokens; capitals are ignored. Every text has
+    tokens."""
     tokens = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokens.normalizer = normalizers.NFKC()
+    tokens.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel()
     tokens.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokens.train_from_iterator(CAPTIONS.read_text("utf-8").splitlines(), trainer)
+    tokens.train_from_iterator(lines, trainer)
     tokens.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def transformer_config(sizes: WanConfig) -> dict:
+    """A generator's sizes in Diffusers' words."""
+    words = asdict(sizes)
+    renamed = {"num_attention_heads": words.pop("num_heads"), "attention_head_dim": sizes.head_dim,
+               "in_channels": words.pop("in_dim"), "out_channels": words.pop("out_dim")}
+    del words["dim"]
+    return {"_class_name": "WanTransformer3DModel", **words, **renamed}
 
 
 def write_json(path: Path, contents: dict) -> None:
@@ -103,11 +115,7 @@ def write(folder: Path, sizes: Sizes, seed: int, device: str) -> None:
     torch.save({"generator": {f"model.{name}": value for name, value in weights.items()}},
                folder / "models/longlive_base.pt")
     torch.save({"generator_lora": lora(generator, sizes.lora_rank, device, random)}, folder / "models/lora.pt")
-    sizes_json = asdict(sizes.generator)
-    renamed = {"num_attention_heads": sizes_json.pop("num_heads"), "attention_head_dim": sizes.generator.head_dim,
-               "in_channels": sizes_json.pop("in_dim"), "out_channels": sizes_json.pop("out_dim")}
-    del sizes_json["dim"]
-    write_json(folder / "transformer/config.json", {"_class_name": "WanTransformer3DModel", **sizes_json, **renamed})
+    write_json(folder / "transformer/config.json", transformer_config(sizes.generator))
 
     weights = randomise(vae, device, random)
     weights["decoder.conv_out.weight"] *= 2  # so that the picture has contrast
@@ -119,7 +127,7 @@ def write(folder: Path, sizes: Sizes, seed: int, device: str) -> None:
     save_file({name: value.to(sizes.text_dtype) for name, value in weights.items()},
               folder / "text_encoder/model.safetensors")
     write_json(folder / "text_encoder/config.json", {"feed_forward_proj": "gated-gelu", **sizes.text})
-    tokenizer(512).save_pretrained(folder / "tokenizer")
+    tokenizer(512, corpus(100)).save_pretrained(folder / "tokenizer")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pipeline.loading import BaseModel, load_decoder, load_generator, load_text_
 from pipeline.noise import NoiseSource
 from pipeline.session import Session
 from utils.config import Config, load_config
-from utils.device import memory_free, pick_device, pick_dtype, same_on_any_thread_count
+from utils.device import keep_freed_memory, memory_free, pick_device, pick_dtype, same_on_any_thread_count
 from utils.errors import UserError
 from wan.geometry import PIXELS
 from wan.model import CausalWan
@@ -40,12 +40,15 @@ class Engine:
         self.text_seconds = 0.0  # spent loading the text encoder and encoding prompts
 
     @classmethod
-    def from_config(cls, config: Config | str | Path, local_rank: int = 0) -> "Engine":
+    def from_config(cls, config: Config | str | Path, local_rank: int = 0,
+                    progress: Callable[[str], None] = lambda part: None) -> "Engine":
         """The engine of a config, or of a YAML file's path. local_rank: which GPU where the config leaves it open.
+        progress: told each part that is about to be loaded.
 
         Raises UserError for a bad config, or a file that is missing, broken or does not fit.
         """
         same_on_any_thread_count()
+        keep_freed_memory()
         if not isinstance(config, Config):
             config = load_config(config)
         device = pick_device(config.device, local_rank)
@@ -53,7 +56,9 @@ class Engine:
             torch.cuda.set_device(device)
         dtype = pick_dtype(config.dtype, device)
         base = BaseModel(config)
+        progress("generator")
         generator = load_generator(config, base, dtype)
+        progress("decoder")
         decoder = load_decoder(config, base, dtype)
         return cls(config, generator, decoder,
                    lambda: load_text_encoder(config, base, generator.config.text_len), device)
@@ -98,11 +103,19 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def session(self, seed: int | None = None, sample: int = 0) -> Session:
-        """A new video. The same seed and sample give the same video, whatever else is made before or beside it."""
+    def forget_prompts(self, keep: int) -> None:
+        """Forgets the embeddings of all prompts but the `keep` that came last; asked for again, they are made again."""
+        for prompt in list(self._embeds)[: max(0, len(self._embeds) - keep)]:
+            self._embeds.pop(prompt, None)
+
+    def session(self, seed: int | None = None, sample: int = 0, config: Config | None = None) -> Session:
+        """A new video. The same seed and sample give the same video, whatever else is made before or beside it.
+
+        config: settings of this video in place of the engine's; weights, device and dtype are the engine's anyway.
+        """
         self.generator.to(self.device)
         self.decoder.to(self.device)
-        config = self.config
+        config = config or self.config
         noise = NoiseSource(
             config.seed if seed is None else seed,
             (config.num_frame_per_block, self.generator.config.in_dim, config.height // PIXELS, config.width // PIXELS),

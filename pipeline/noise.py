@@ -14,6 +14,8 @@ class NoiseSource:
     shape: of one block without the batch, [F, C, h, w]. `start` and `renoise` return float32 [1, F, C, h, w].
     """
 
+    batch = 1  # videos whose noise is drawn
+
     def __init__(self, seed: int, shape: tuple[int, ...], sample: int = 0, device: torch.device | str = "cpu"):
         self.seed, self.sample, self.shape, self.device = seed, sample, shape, torch.device(device)
 

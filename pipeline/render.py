@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.engine import Engine
+from pipeline.session import REFRESHES
 from pipeline.timeline import Segment, Timeline
 from utils.config import Config
 from utils.errors import UserError
@@ -57,7 +58,7 @@ def plan_jobs(stories: list[Story], config: Config, frames: int, weights: dict[s
         timeline = story.timeline(config, frames)
         seed = config.seed if story.seed is None else story.seed
         for sample in range(config.num_samples):
-            request = _request(timeline, seed, sample, config, weights)
+            request = request_of(timeline, seed, sample, config, weights)
             path, done = _free_path(folder, _name(story, number, sample, config), request, overwrite, taken)
             taken.add(path)
             if done:
@@ -67,11 +68,19 @@ def plan_jobs(stories: list[Story], config: Config, frames: int, weights: dict[s
     return jobs, finished
 
 
-def _request(timeline: Timeline, seed: int, sample: int, config: Config, weights: dict[str, str]) -> dict[str, Any]:
-    request = {"prompts": [asdict(segment) for segment in timeline.segments], "frames": timeline.frames,
+def request_of(timeline: Timeline, seed: int, sample: int, config: Config, weights: dict[str, str]) -> dict[str, Any]:
+    """All that decides what a video shows, as it stands in the JSON beside it."""
+    request = {"prompts": [_told(segment) for segment in timeline.segments], "frames": timeline.frames,
                "latents": timeline.latents, "seed": seed, "sample": sample, "settings": config.identity(),
                "weights": weights}
     return json.loads(json.dumps(request))  # as it will read from the file
+
+
+def _told(segment: Segment) -> dict[str, Any]:
+    told = asdict(segment)
+    if segment.refresh == "recache":  # which goes without saying
+        del told["refresh"]
+    return told
 
 
 def _name(story: Story, number: int, sample: int, config: Config) -> str:
@@ -109,9 +118,12 @@ def remake_job(path: Path, config: Config, weights: dict[str, str], overwrite: b
     """The video that the .json beside an MP4 describes, as `plan_jobs` gives it. Raises UserError where it is none."""
     told, block = _read_sidecar(path).get("request"), config.num_frame_per_block
     try:
-        segments = tuple(Segment(str(s["prompt"]), int(s["asked"]), int(s["latent"])) for s in told["prompts"])
+        segments = tuple(Segment(str(s["prompt"]), int(s["asked"]), int(s["latent"]), s.get("refresh", "recache"))
+                         for s in told["prompts"])
         latents, frames, seed, sample = (int(told[key]) for key in ("latents", "frames", "seed", "sample"))
         changed = [file for file, mark in told["weights"].items() if weights.get(file) != mark]
+        if any(segment.refresh not in REFRESHES for segment in segments):
+            raise ValueError
         if segments[0].latent != 0 or not 0 < frames <= frames_of(latents) or seed < 0 or sample < 0:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
@@ -122,7 +134,7 @@ def remake_job(path: Path, config: Config, weights: dict[str, str], overwrite: b
     timeline = Timeline(segments, (), block, latents, frames)
     if changed:
         log.warning("%s was made with other weights in %s; the video will differ", path, ", ".join(changed))
-    request = _request(timeline, seed, sample, config, weights)
+    request = request_of(timeline, seed, sample, config, weights)
     file, done = _free_path(Path(config.output_folder), path.stem, request, overwrite, set())
     return ([], [file]) if done else ([Job(file, timeline, seed, sample, request)], [])
 
@@ -162,7 +174,7 @@ def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
                     session = engine.session(job.seed, job.sample)
                 for prompt in timeline:
                     with hold.lifted():
-                        session.set_prompt(prompt)
+                        session.set_prompt(prompt, timeline.refresh_at(session.position))
                         frames = session.step()[: timeline.frames - sent]
                         writer.write(frames)
                     sent += len(frames)
@@ -179,13 +191,13 @@ def _record(job: Job, writer: Mp4Writer, times: VideoTimes, config: Config) -> N
     """Writes the JSON of a video that has its name; says where one is that stopped early."""
     complete = writer.file == job.path and writer.frames == job.timeline.frames
     if complete:
-        _write_sidecar(job, times, config, complete)
+        write_sidecar(job, times, config, complete)
         return
     log.warning("Stopped after %d of %d frames%s", writer.frames, job.timeline.frames,
                 f"; they are in {writer.file}" if writer.file else "")
     if writer.file == job.path:
         try:
-            _write_sidecar(job, times, config, complete)
+            write_sidecar(job, times, config, complete)
         except UserError as error:
             log.warning("%s", error)  # what stopped the video matters more
 
@@ -206,7 +218,8 @@ def _advance(bar: tqdm, frames: int, start: float, engine: Engine) -> None:
     bar.set_postfix_str(f"{speed:.1f} frames/s, {speed / fps:.2f}x real time{memory}")
 
 
-def _write_sidecar(job: Job, times: VideoTimes, config: Config, complete: bool) -> None:
+def write_sidecar(job: Job, times: VideoTimes, config: Config, complete: bool) -> None:
+    """Writes the JSON that describes a video beside it. Raises UserError where it can't be written."""
     about = {
         "video": job.path.name, "complete": complete, "frames": times.frames,
         "seconds": round(times.frames / config.fps, 3), "plan": job.timeline.plan(config.fps),

@@ -13,6 +13,8 @@ from wan.kv_cache import KVCache
 from wan.model import CausalWan
 from wan.rope import RotaryEmbedding
 
+REFRESHES = ("recache", "keep", "reset")  # what a new prompt does to the self-attention cache
+
 
 class Session:
     """One video in the making: it has the K/V cache, the prompt, the latest latents and the decoder's state.
@@ -37,15 +39,16 @@ class Session:
         rows, columns = config.height // PIXELS // ph, config.width // PIXELS // pw
         self.rope = RotaryEmbedding(generator.config.head_dim, rows, columns, self.device)
         self.cache = KVCache(
-            layers=generator.config.num_layers, batch=1, tokens=rows * columns, heads=generator.config.num_heads,
-            head_dim=generator.config.head_dim, window=config.window, sink=config.model_kwargs.sink_size,
-            dtype=weight.dtype, device=self.device,
+            layers=generator.config.num_layers, batch=noise.batch, tokens=rows * columns,
+            heads=generator.config.num_heads, head_dim=generator.config.head_dim, window=config.window,
+            sink=config.model_kwargs.sink_size, dtype=weight.dtype, device=self.device,
             rope=self.rope if config.model_kwargs.use_infinite_attention else None,
         )
         self.watch = Stopwatch(self.device)
         self.block = 0  # index of the next block
         self.prompt: str | None = None  # the prompt that the cache holds
         self._asked: str | None = None  # the prompt of the next block
+        self._refresh = REFRESHES[0]  # how the cache goes over to it
         self._text: list[tuple[Tensor, Tensor]] = []  # cross-attention keys and values of `prompt`
         self._latents: list[Tensor] = []  # clean latents of the latest blocks, as many as a re-cache needs
 
@@ -54,9 +57,17 @@ class Session:
         """Index of the next block's first latent."""
         return self.block * self.config.num_frame_per_block
 
-    def set_prompt(self, prompt: str) -> None:
-        """The prompt from the next block on. Costs nothing where it is the present one."""
-        self._asked = prompt
+    def set_prompt(self, prompt: str, refresh: str = "recache") -> None:
+        """The prompt from the next block on. Costs nothing where it is the present one.
+
+        refresh: what becomes of the self-attention K/V. "recache": those of the latest latents are rebuilt under the
+        new prompt, and the sink's as the config's `global_sink` says. "reset": the same, but the oldest of the latest
+        latents become the sink. "keep": they stay, and only cross-attention sees the new prompt.
+        Raises ValueError for any other.
+        """
+        if refresh not in REFRESHES:
+            raise ValueError(f"refresh={refresh!r} must be one of {', '.join(REFRESHES)}")
+        self._asked, self._refresh = prompt, refresh
 
     @torch.inference_mode()
     def step(self) -> Tensor:
@@ -97,24 +108,26 @@ class Session:
         """
         if self._asked is None:
             raise ValueError("no prompt: call set_prompt before the first step")
-        if self._asked != self.prompt:
+        switch = self._asked != self.prompt
+        recache = switch and self._refresh != "keep"
+        if self.block > 0 and not recache:
+            with self.watch.stage("clean pass"):  # under the prompt that the block was made with
+                self._clean_pass(self._latents[-1])
+        if switch:
             with self.watch.stage("text"):
                 self._text = self.generator.encode_text(upload(self.encode(self._asked), self.device))
                 self.prompt = self._asked
-            if self.block > 0:
-                with self.watch.stage("re-cache"):
-                    self._recache()
-        elif self.block > 0:
-            with self.watch.stage("clean pass"):
-                self._clean_pass(self._latents[-1])
+        if self.block > 0 and recache:
+            with self.watch.stage("re-cache"):
+                self._recache(self.config.global_sink and self._refresh != "reset")
 
-    def _recache(self) -> None:
+    def _recache(self, global_sink: bool) -> None:
         """Rebuilds the K/V of the latest latents under the new prompt, in one pass at t = context_noise.
 
         With `global_sink`, once latents have left the window, the sink keeps its old K/V and is attended to.
         """
         latents = torch.cat(self._latents, 1)
-        keep_sink = self.config.global_sink and self.config.window is not None and self.position > self.config.window
+        keep_sink = global_sink and self.config.window is not None and self.position > self.config.window
         if keep_sink:
             latents = latents[:, self.config.model_kwargs.sink_size:]
         self.cache.rewind(keep_sink)
@@ -123,7 +136,7 @@ class Session:
 
     def _clean_pass(self, latents: Tensor) -> None:
         """Writes the K/V of clean latents, the last ones made, to the slots that the cache picked for them."""
-        self._forward(latents, self.config.context_noise, self.position - latents.shape[1])
+        self._forward(latents, self.config.context_noise, self.position - latents.shape[1], want_flow=False)
 
-    def _forward(self, latents: Tensor, t: float, position: int) -> Tensor:
-        return self.generator(latents, t, position, self.rope, self.cache, self._text)
+    def _forward(self, latents: Tensor, t: float, position: int, want_flow: bool = True) -> Tensor | None:
+        return self.generator(latents, t, position, self.rope, self.cache, self._text, want_flow)

@@ -7,11 +7,13 @@ from wan.geometry import first_frame, latents_for, whole_blocks
 
 @dataclass(frozen=True)
 class Segment:
-    """A prompt, the latent it was asked from and the latent (first of a block) it takes hold at."""
+    """A prompt, the latent it was asked from, the latent (first of a block) it takes hold at, and what it does to the
+    cache, as `Session.set_prompt` has it."""
 
     prompt: str
     asked: int
     latent: int
+    refresh: str = "recache"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Timeline:
 
     def __len__(self) -> int:
         return self.latents // self.block
+
+    def refresh_at(self, latent: int) -> str:
+        """What the prompt that takes hold at a latent does to the cache."""
+        return next((segment.refresh for segment in self.segments if segment.latent == latent), "recache")
 
     def plan(self, fps: int) -> list[dict]:
         """Per segment: prompt, latent, frame, second it takes hold at, and the latent it was asked from."""

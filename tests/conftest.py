@@ -50,16 +50,21 @@ def base() -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in CausalWan(TINY.generator).state_dict().items()}
 
 
-@pytest.fixture
-def tiny_config(tiny_folder, tmp_path) -> Config:
-    """A config of the very small model: 48×32 pixels, two blocks, into the test's own folder."""
+def tiny_settings(tiny_folder: Path, output_folder: str | Path) -> Config:
+    """A config of the very small model: 48×32 pixels, two blocks."""
     return Config(
         wan_folder=str(tiny_folder), model_name="tiny",
         generator_ckpt=str(tiny_folder / "tiny/models/longlive_base.pt"),
         lora_ckpt=str(tiny_folder / "tiny/models/lora.pt"), adapter=Adapter(rank=4, alpha=4),
-        text_encoder_dtype="float32", height=32, width=48, num_output_frames=6, output_folder=str(tmp_path / "videos"),
+        text_encoder_dtype="float32", height=32, width=48, num_output_frames=6, output_folder=str(output_folder),
         device="cpu",
     )
+
+
+@pytest.fixture
+def tiny_config(tiny_folder, tmp_path) -> Config:
+    """The same, into the test's own folder."""
+    return tiny_settings(tiny_folder, tmp_path / "videos")
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ def tensors(path: Path, device: torch.device = CPU) -> tuple[dict[str, Tensor], 
 class RecordedNoise:
     """Noise of one video of a recorded batch, with NoiseSource's two verbs."""
 
+    batch = 1
+
     def __init__(self, case: dict[str, Tensor], sample: int, block: int):
         self.noise = case["noise"][sample : sample + 1].split(block, dim=1)
         self.again = case["renoise"][:, :, sample : sample + 1]

@@ -207,7 +207,7 @@ def test_interrupt_before_the_first_frame(run_here, videos, monkeypatch):
 
 
 @pytest.mark.parametrize("owner, name", [(Mp4Writer, "_repack"), (Mp4Writer, "_finish"),
-                                         (pipeline.render, "_write_sidecar")])
+                                         (pipeline.render, "write_sidecar")])
 def test_interrupt_while_a_whole_video_is_finished_comes_after_that(run_here, videos, monkeypatch, owner, name):
     finish = getattr(owner, name)
 
@@ -224,7 +224,7 @@ def test_interrupt_while_a_whole_video_is_finished_comes_after_that(run_here, vi
 
 
 @pytest.mark.parametrize("owner, name", [(Mp4Writer, "_repack"), (Mp4Writer, "_finish"),
-                                         (pipeline.render, "_write_sidecar")])
+                                         (pipeline.render, "write_sidecar")])
 def test_second_interrupt_while_a_stopped_video_is_finished(run_here, videos, monkeypatch, at_block, owner, name):
     finish = getattr(owner, name)
 

@@ -182,6 +182,22 @@ def test_earlier_passes_of_a_block_leave_nothing_behind():
     assert torch.equal(slide(MODEL, latents, embeds, 250.0, 6, 2, passes=3), once)
 
 
+def test_a_pass_without_flow_writes_the_same_keys_and_values():
+    latents, embeds = random_inputs()
+    rope, text = RotaryEmbedding(CONFIG.head_dim, ROWS, COLUMNS, "cpu"), MODEL.encode_text(embeds)
+    full, short = (KVCache(layers=CONFIG.num_layers, batch=1, tokens=TOKENS, heads=CONFIG.num_heads,
+                           head_dim=CONFIG.head_dim, window=2 * BLOCK, sink=0, dtype=torch.float64, device="cpu")
+                   for _ in range(2))
+    for position in (0, BLOCK):
+        block = latents[:, position : position + BLOCK]
+        for cache, want_flow in ((full, True), (short, False)):
+            cache.begin(position, BLOCK)
+            flow = MODEL(block, 250.0, position, rope, cache, text, want_flow)
+            assert (flow is not None) == want_flow
+    for got, expected in zip(short.keys + short.values, full.keys + full.values, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_batch_of_two_is_two_single_runs():
     latents, embeds = random_inputs(batch=2)
     together = slide(MODEL, latents, embeds, 500.0, 6, 2)

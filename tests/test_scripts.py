@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY, Outcome
 
 SCRIPTS = REPOSITORY / "scripts"
 LAUNCHERS = {"inference.sh": "inference.py", "interactive_inference.sh": "interactive_inference.py",
-             "download.sh": "scripts/download.py"}
+             "live.sh": "live.py", "download.sh": "scripts/download.py"}
 REPORT = """import json, os, sys
 with open(os.environ["REPORT"] + os.environ.get("RANK", ""), "w") as file:
     json.dump({"program": sys.argv[0], "args": sys.argv[1:], "rank": os.environ.get("RANK"),

@@ -55,11 +55,11 @@ def forwards(engine):
     hook.remove()
 
 
-def latents(session: Session, prompts: str) -> Tensor:
+def latents(session: Session, prompts: str, refresh: str = "recache") -> Tensor:
     """Latents of a video, the prompt of each block being one letter."""
     blocks = []
     for prompt in prompts:
-        session.set_prompt(prompt)
+        session.set_prompt(prompt, refresh)
         blocks.append(session.step_latents())
     return torch.cat(blocks, 1)
 
@@ -175,6 +175,67 @@ def test_switch_changes_the_blocks_after_it_and_none_before(make, changes):
     assert torch.equal(single[:, :15], switched[:, :15])
     assert (single[:, 15:18] - switched[:, 15:18]).abs().max() > 1e-3
     assert (single[:, 18:] - switched[:, 18:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_infinite_attention": True}, {"local_attn_size": -1}])
+@pytest.mark.parametrize("blocks", [1, 4, 6])
+def test_switch_that_keeps_the_cache(make, forwards, changes, blocks):
+    session = make(**changes)
+    latents(session, "a" * blocks)
+    del forwards[:]
+    kept = latents(session, "b", "keep")
+    first = 3 * blocks
+    assert forwards == [(first - 3, 3, 0), *denoising(session, first)]  # one clean pass, of the last block alone
+
+    plain = make(**changes)  # by hand: the last block's clean pass under its own prompt, then other cross-attention
+    latents(plain, "a" * blocks)
+    with torch.inference_mode():
+        plain._clean_pass(plain._latents[-1])
+        plain._text = plain.generator.encode_text(plain.encode("b"))
+        plain._refresh_cache = lambda: None
+        assert torch.equal(plain.step_latents(), kept)
+    assert (latents(make(**changes), "a" * blocks + "b")[:, first:] - kept).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_infinite_attention": True}, {"local_attn_size": -1}])
+@pytest.mark.parametrize("blocks", [2, 4, 6])
+def test_switch_that_resets_the_sink_is_one_without_a_global_sink(make, changes, blocks):
+    prompts = "a" * blocks + "bb"
+    reset = latents(make(**changes), prompts, "reset")
+    assert torch.equal(reset, latents(make(global_sink=False, **changes), prompts))
+    same = torch.equal(reset, latents(make(**changes), prompts))
+    assert same == (blocks <= 4 or "local_attn_size" in changes)  # until latents have left the window
+
+
+def test_refresh_of_the_last_prompt_set_counts(make, forwards):
+    session = make()
+    latents(session, "aa")
+    session.set_prompt("b", "keep")
+    session.set_prompt("c")
+    del forwards[:]
+    session.step_latents()
+    assert forwards[0] == (0, 6, 0)
+
+
+def test_present_prompt_with_another_refresh_changes_nothing(make):
+    assert torch.equal(latents(make(), "aaaaaa", "reset"), latents(make(), "aaaaaa"))
+
+
+def test_unknown_refresh(make):
+    with pytest.raises(ValueError, match=r"refresh='drop' must be one of recache, keep, reset"):
+        make().set_prompt("a", "drop")
+
+
+def test_settings_of_one_video_in_place_of_the_engines(engine, make):
+    own = dataclasses.replace(engine.config, model_kwargs=ModelKwargs(sink_size=6), seed=4)
+    assert torch.equal(latents(engine.session(config=own), "aaaaaa"), latents(make(seed=4, sink_size=6), "aaaaaa"))
+
+
+def test_forgotten_prompts_are_encoded_again(engine):
+    before = {prompt: engine.encode(prompt).clone() for prompt in "xyz"}
+    engine.forget_prompts(keep=1)
+    assert list(engine._embeds) == ["z"]
+    assert all(torch.equal(engine.encode(prompt), embeds) for prompt, embeds in before.items())
 
 
 def test_relative_positions_change_nothing_until_the_window_is_full(make):

@@ -208,6 +208,8 @@ def find_ffmpeg() -> str:
 
 def _lock(file, path: Path) -> None:
     """Keeps other runs off a file until it is closed. Raises UserError where another has it."""
+    if not path.is_file():  # a device, which may have many writers
+        return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

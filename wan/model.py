@@ -61,11 +61,15 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
+    def remember(self, x: Tensor, turns: Tensor, cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
+        """Writes the keys and values of x [B, S, dim]. Returns all that the cache holds."""
+        k = rms_rope(self.k(x), self.norm_k.weight, self.norm_k.eps, turns)
+        return cache.update(layer, k, self.heads(self.v(x)))
+
     def forward(self, x: Tensor, turns: Tensor, cache: KVCache, layer: int) -> Tensor:
         """x [B, S, dim] attends to all that the cache holds, x itself included."""
         q = rms_rope(self.q(x), self.norm_q.weight, self.norm_q.eps, turns)
-        k = rms_rope(self.k(x), self.norm_k.weight, self.norm_k.eps, turns)
-        k, v = cache.update(layer, k, self.heads(self.v(x)))
+        k, v = self.remember(x, turns, cache, layer)
         return self.o(attention(q, k, v).flatten(-2))
 
 
@@ -90,6 +94,11 @@ class Block(nn.Module):
             nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+
+    def remember(self, x: Tensor, e0: Tensor, turns: Tensor, cache: KVCache, layer: int) -> None:
+        """All that later blocks see of x [B, F, L, dim] in this layer: its keys and values."""
+        shift, scale, *_ = (self.modulation[:, None] + e0).split(1, dim=2)
+        self.self_attn.remember(modulate(x, shift, scale, self.eps).flatten(1, 2), turns, cache, layer)
 
     def forward(self, x: Tensor, e0: Tensor, turns: Tensor, cache: KVCache, layer: int,
                 text: tuple[Tensor, Tensor]) -> Tensor:
@@ -145,11 +154,12 @@ class CausalWan(nn.Module):
         return [block.cross_attn.key_value(text) for block in self.blocks]
 
     def forward(self, latents: Tensor, t: float, position: int, rope: RotaryEmbedding, cache: KVCache,
-                text: list[tuple[Tensor, Tensor]]) -> Tensor:
+                text: list[tuple[Tensor, Tensor]], want_flow: bool = True) -> Tensor | None:
         """Flow [B, F, C, h, w] of noisy latents [B, F, C, h, w] at timestep t (0 clean … 1000 noise).
 
         The latents are the frames `position …` of the video; their keys and values go to the slots that
-        `cache.begin` picked. Returned in the dtype of `latents`.
+        `cache.begin` picked. Returned in the dtype of `latents`. Without `want_flow` they only go there: None is
+        returned, and the last layer does no more than that takes.
         """
         weight = self.patch_embedding.weight
         batch, frames, _, height, _ = latents.shape
@@ -161,6 +171,8 @@ class CausalWan(nn.Module):
         turns = rope.turns(position, frames)
         with fastest(x.device):
             for layer, block in enumerate(self.blocks):
+                if layer + 1 == len(self.blocks) and not want_flow:
+                    return block.remember(x, e0, turns, cache, layer)
                 x = block(x, e0, turns, cache, layer, text[layer])
         _, ph, pw = self.config.patch_size
         x = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=height // ph, p=ph, q=pw)

@@ -1,9 +1,10 @@
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from einops import rearrange
 from torch import Tensor, nn
 
-from wan.kernels import EPS, add_bias, conv3d, norm_silu, twice
+from wan.kernels import EPS, add_bias, conv2d_of_twice, conv3d, norm_silu
 
 HISTORY = 2  # frames that a causal convolution sees of the past
 
@@ -66,6 +67,7 @@ class WanStream:
         self.mean, self.std = vae._statistics()
         self.history: dict[nn.Module, Tensor] = {}  # of each causal convolution, its last inputs [B, 2, H, W, C]
         self.started = False
+        self.patch = vae.model.config.patch_size or 1  # each position of the last map is patch × patch pixels
 
     def __call__(self, latents: Tensor) -> Tensor:
         """The video's next latents [B, F, 16, h, w] → their frames [B, T, 3, H, W] in [-1, 1]; T = 4F, or 4F−3 at
@@ -73,7 +75,7 @@ class WanStream:
         x = latents.permute(0, 1, 3, 4, 2).to(self.mean.dtype) * self.std + self.mean
         x = conv3d(x, self.to_decoder.weight, self.to_decoder.bias)
         frames = torch.cat([self._decode(latent) for latent in x.split(1, dim=1)], 1)
-        return frames.clamp(-1, 1).permute(0, 1, 4, 2, 3)
+        return rearrange(frames.clamp(-1, 1), "b t h w (c q p) -> b t c (h p) (w q)", p=self.patch, q=self.patch)
 
     def _decode(self, x: Tensor) -> Tensor:
         """One latent [B, 1, h, w, C] → its frames [B, 1 or 4, H, W, 3]."""
@@ -124,8 +126,7 @@ class WanStream:
             pairs = self._causal(block.time_conv, x)  # the two frames of each lie in its channels
             x = pairs.unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
         batch, conv = len(x), block.resample[1]
-        x = twice(x.flatten(0, 1)).permute(0, 3, 1, 2)
-        return F.conv2d(x, conv.weight, conv.bias, padding=1).permute(0, 2, 3, 1).unflatten(0, (batch, -1))
+        return conv2d_of_twice(x.flatten(0, 1), conv.weight, conv.bias).unflatten(0, (batch, -1))
 
 
 def _pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""Fused operations. Each has its plain PyTorch version here, and hands over to a Triton kernel where the data is on a
-GPU and no gradient is wanted. Inside, both compute in float32."""
+"""Fused operations. Each has its plain PyTorch version here. Where no gradient is wanted it hands over to a Triton
+kernel for data on a GPU and, where that is faster, to `wan.kernels.cpu` for float32 on a CPU. Inside, all compute in
+float32."""
 
 import importlib.util
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan.kernels import cpu
 from wan.rope import rotate
 
 EPS = 1e-24  # only keeps zeros from dividing by zero
@@ -14,9 +16,16 @@ EPS = 1e-24  # only keeps zeros from dividing by zero
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+def _no_gradient(inputs: tuple[Tensor, ...]) -> bool:
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
+
+
 def _fused(*inputs: Tensor) -> bool:
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return inputs[0].is_cuda and HAS_TRITON and not wanted
+    return inputs[0].is_cuda and HAS_TRITON and _no_gradient(inputs)
+
+
+def _on_cpu(*inputs: Tensor) -> bool:
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in inputs) and _no_gradient(inputs)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -62,6 +71,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU(x·weightᵀ + bias), by tanh. x [..., C], weight [C', C] → [..., C']."""
     if _fused(x, weight, bias):  # cuBLAS applies it before it writes the product
         return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
+    if _on_cpu(x, weight, bias):
+        return cpu.linear_gelu(x, weight, bias)
     return linear_gelu_plain(x, weight, bias)
 
 
@@ -72,12 +83,14 @@ def linear_gelu_plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out ← SiLU(RMSNorm(x + bias)·gamma), over the last axis; inside in float32.
 
-    x and out [..., C], contiguous; gamma and bias [C].
+    x and out [..., W, C], contiguous; x may be overwritten where there is a bias; gamma and bias [C].
     """
     if _fused(x, gamma):
         from wan.kernels import triton_vae
 
         triton_vae.norm_silu(x, gamma, bias, out)
+    elif _on_cpu(x, gamma):
+        cpu.norm_silu(x, gamma, bias, EPS, out)
     else:
         out.copy_(norm_silu_plain(x, gamma, bias))
 
@@ -88,11 +101,13 @@ def norm_silu_plain(x: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def add_bias(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
-    """x + bias + skip, x overwritten. x and skip [..., C], contiguous; bias [C]."""
+    """x + bias + skip, x overwritten. x and skip [..., W, C], contiguous; bias [C]."""
     if _fused(x, bias, skip):
         from wan.kernels import triton_vae
 
         return triton_vae.add_bias(x, bias, skip)
+    if _on_cpu(x, bias, skip):
+        return cpu.add_bias(x, bias, skip)
     return add_bias_plain(x, bias, skip)
 
 
@@ -112,6 +127,18 @@ def twice(x: Tensor) -> Tensor:
 def twice_plain(x: Tensor) -> Tensor:
     n, height, width, channels = x.shape
     return x[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).reshape(n, 2 * height, 2 * width, channels)
+
+
+def conv2d_of_twice(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolution of `twice(x)`, padded with zeros. x [N, H, W, C], contiguous; weight [C', C, 3, 3]
+    → [N, 2H, 2W, C']."""
+    if _on_cpu(x, weight, bias):
+        return cpu.conv2d_of_twice(x, weight, bias)
+    return conv2d_of_twice_plain(x, weight, bias)
+
+
+def conv2d_of_twice_plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(twice(x).permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1)
 
 
 def _is_fast(x: Tensor) -> bool:

@@ -1,0 +1,66 @@
+"""Trains the small model from nothing: `python -m demo.train FOLDER --device cuda`.
+
+The stages follow each other; each writes its result into FOLDER, and one that was stopped goes on where it was. The
+checkpoint in the released layout is FOLDER/checkpoint. demo/README.md tells what each stage does.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from demo.training import forcing, generator, vae
+from demo.training.curves import plot
+from demo.training.export import export, restore
+from demo.training.ranks import Ranks
+
+STAGES = ("vae", "generator", "distilled", "streaming")
+STEPS = {"vae": 7000, "generator": 4000, "distilled": 1500, "streaming": 1200}
+
+CLIPS = 8192  # drawn for the VAE, and again for the generator
+
+
+def run(stage: str, folder: Path, ranks: Ranks, scale: float, device: str, seed: int) -> None:
+    """One stage. scale: of the number of steps and of clips."""
+    steps, clips = max(10, round(STEPS[stage] * scale)), max(64, round(CLIPS * min(1, scale)))
+    if stage == "vae":
+        if ranks.size > 1:
+            raise SystemExit("error: the VAE is trained on one GPU; leave torchrun out for --stages vae")
+        vae.train(folder, steps=steps, device=device, seed=seed, clips=clips)
+    elif stage == "generator":
+        generator.train(folder, ranks, steps=steps, device=device, seed=seed, clips=clips)
+    elif stage == "distilled":
+        forcing.train(folder, ranks, stage, steps=steps, device=device, seed=seed, rate=3e-4, lora=False, blocks=9,
+                      switch_every=None)
+    else:
+        forcing.train(folder, ranks, stage, steps=steps, device=device, seed=seed, rate=1e-3, lora=True, blocks=100,
+                      switch_every=(5, 16))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps; 0.01 to try it out")
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT",
+                        help="take the stages before --stages from there, such as demo/checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.backends.cudnn.benchmark = True
+    ranks = Ranks()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.start and ranks.first:
+        restore(args.start, args.folder)
+    ranks.wait()
+    for stage in args.stages:
+        run(stage, args.folder, ranks, args.scale, args.device, args.seed)
+    if not ranks.first:
+        return
+    plot(args.folder)
+    if (args.folder / "generator.pt").exists():
+        export(args.folder, args.folder / "checkpoint")
+
+
+if __name__ == "__main__":
+    main()

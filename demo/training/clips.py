@@ -1,0 +1,55 @@
+"""Drawn clips to train on: random scripts, their captions, and a store of their latents."""
+
+import random
+
+import torch
+from torch import Tensor
+
+from demo.captions import caption
+from demo.world import FPS, STYLE, Script, sample, scene_of
+
+NEVER = 1e6  # seconds
+BLOCK = 3  # latents
+
+
+def first_frame(block: int) -> int:
+    """The first frame of a block: the first latent of a video gives one frame, every other one four."""
+    return max(0, 4 * BLOCK * block - 3)
+
+
+def random_script(clips: int, frames: int, generator: torch.Generator, held_out: bool | None = False,
+                  switch: float = 0.5) -> Script:
+    """Random clips. held_out: which combinations, None for all. switch: the share of clips in which the scene changes,
+    at the start of a block."""
+    kinds = [held_out] if held_out is not None else [False, True]
+    scenes = torch.cat([sample(clips, 2, generator, kind) for kind in kinds])
+    scenes = scenes[torch.randperm(len(scenes), generator=generator)[:clips]]
+    last = 1 + max(1, (frames + 3) // (4 * BLOCK) - 1)
+    block = torch.randint(1, last, (clips,), generator=generator)
+    seconds = (4 * BLOCK * block - 3) / FPS
+    seconds = torch.where(torch.rand(clips, generator=generator) < switch, seconds, NEVER)
+    starts = torch.stack([torch.zeros(clips), seconds], 1)
+    style = torch.rand(clips, STYLE, generator=generator)
+    return Script(scenes, starts, style, torch.ones(clips, dtype=torch.int64))
+
+
+def switch_block(script: Script) -> Tensor:
+    """The block at which each clip's scene changes [B]; 0 where it does not."""
+    seconds = script.starts[:, 1]
+    return torch.where(seconds < NEVER, (seconds * FPS + 3) / (4 * BLOCK), 0).round().long()
+
+
+class Captions:
+    """Token ids of captions, padded to one length."""
+
+    def __init__(self, tokenizer, length: int):
+        self.tokenizer, self.length = tokenizer, length
+
+    def of(self, scenes: Tensor, rng: random.Random) -> Tensor:
+        """scenes [N, 6] → ids int64 [N, length], 0 where there is no token. A caption of its own for each."""
+        return self.ids([caption(scene_of(scene), rng) for scene in scenes.tolist()])
+
+    def ids(self, texts: list[str]) -> Tensor:
+        rows = self.tokenizer(texts, add_special_tokens=True, truncation=True, max_length=self.length,
+                              padding="max_length", return_tensors="pt")
+        return rows.input_ids * rows.attention_mask

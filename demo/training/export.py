@@ -1,0 +1,62 @@
+"""From the results of the stages to a checkpoint in the released layout, and back."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
+
+from demo.random_checkpoint import transformer_config, write_json
+from demo.training import generator as stage2
+from demo.training import vae as vaes
+from utils.checkpoint import pick_generator, read, read_folder, read_json
+from utils.key_names import tied_embedding
+
+
+def export(folder: Path, target: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Writes FOLDER's stages to TARGET: the latest of the generator's, and the LoRA if there is one."""
+    for name in ("transformer", "text_encoder", "tokenizer", "vae", "models"):
+        (target / name).mkdir(parents=True, exist_ok=True)
+    latest = "distilled.pt" if (folder / "distilled.pt").exists() else "generator.pt"
+    model, text, words = stage2.load(folder, "cpu", latest)
+
+    def half(state: dict) -> dict:
+        return {name: value.to(dtype).contiguous() for name, value in state.items()}
+
+    torch.save({"generator": {f"model.{name}": value for name, value in half(model.state_dict()).items()}},
+               target / "models/longlive_base.pt")
+    write_json(target / "transformer/config.json", transformer_config(stage2.GENERATOR))
+    if (folder / "streaming.pt").exists():
+        lora = torch.load(folder / "streaming.pt", map_location="cpu", weights_only=True)["lora"]
+        names = {f"base_model.model.{name}.lora_{part}.weight": value
+                 for name, parts in lora.items() for part, value in parts.items()}
+        torch.save({"generator_lora": half(names)}, target / "models/lora.pt")
+
+    kept = torch.load(folder / "vae.pt", map_location="cpu", weights_only=True)
+    vae = AutoencoderKLWan(**vaes.SIZES)
+    vae.load_state_dict(kept["state"])
+    save_file(half(vae.state_dict()), target / "vae/diffusion_pytorch_model.safetensors")
+    write_json(target / "vae/config.json", {"_class_name": "AutoencoderKLWan", **vaes.SIZES,
+                                            "latents_mean": kept["mean"], "latents_std": kept["std"]})
+
+    state = half(text.state_dict())
+    del state["encoder.embed_tokens.weight"]  # one matrix under two names
+    save_file(state, target / "text_encoder/model.safetensors")
+    write_json(target / "text_encoder/config.json", stage2.TEXT)
+    words.tokenizer.save_pretrained(target / "tokenizer")
+
+
+
+
+def restore(checkpoint: Path, folder: Path) -> None:
+    """The other way: writes `vae.pt` and the generator, as both `generator.pt` and `distilled.pt`, for later stages to
+    start from. What is in FOLDER already stays."""
+    config = read_json(checkpoint / "vae/config.json")
+    if not (folder / "vae.pt").exists():
+        state = {name: value.float() for name, value in read_folder(checkpoint / "vae").items()}
+        torch.save({"state": state, "mean": config["latents_mean"], "std": config["latents_std"]}, folder / "vae.pt")
+    generator = pick_generator(read(checkpoint / "models/longlive_base.pt"), False, checkpoint)
+    text = tied_embedding(read_folder(checkpoint / "text_encoder"))
+    for name in ("generator.pt", "distilled.pt"):
+        if not (folder / name).exists():
+            torch.save({"generator": dict(generator), "text": dict(text)}, folder / name)

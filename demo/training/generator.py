@@ -1,0 +1,182 @@
+"""Stage 2: the text encoder and the causal generator, by flow matching with teacher forcing."""
+
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from demo.captions import corpus
+from demo.random_checkpoint import SIZES, tokenizer
+from demo.training import vae as vaes
+from demo.training.causal import Parallel, Plan
+from demo.training.clips import BLOCK, Captions, random_script, switch_block
+from demo.training.muon import Muon
+from demo.training.progress import Average, Progress, cosine, set_rate
+from demo.training.ranks import Ranks
+from demo.world import HEIGHT, WIDTH, draw, subject_cover
+from pipeline.sampler import shifted_sigma
+from wan.geometry import PIXELS
+from wan.model import CausalWan
+from wan.rope import RotaryEmbedding
+from wan.text_encoder import encode
+
+GENERATOR = SIZES["toy"].generator
+TEXT = {**SIZES["toy"].text, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}
+TOKENS = 64  # of a caption, at most
+BLOCKS = 7  # of a training clip: 21 latents, 81 frames, 5 s
+WINDOW, SINK = 4, 1  # blocks
+SHIFT = 5.0
+CAPTIONS_EACH = 4  # of every scene
+SUBJECT = 4.0  # how much more the loss counts where the subject is: it is a small part of the picture
+UNTOLD = 0.1  # share of the clips without a caption, for classifier-free guidance
+BLURRED, MOST_BLUR = 0.5, 0.6  # share of the clips whose past is noisy, and the most noise (σ) in it
+
+
+def new_models(device: str) -> tuple[CausalWan, UMT5EncoderModel]:
+    """Generator and text encoder before training: every block begins as the identity."""
+    model = CausalWan(GENERATOR)
+    for name, value in model.named_parameters():
+        if name.startswith("head.head") or "cross_attn.o" in name:
+            nn.init.zeros_(value)
+        elif name.startswith(("time_projection", "text_embedding", "time_embedding")) and value.dim() > 1:
+            nn.init.normal_(value, std=0.02)
+    return model.to(device), UMT5EncoderModel(UMT5Config(**TEXT)).to(device)
+
+
+def new_rope(device: str) -> RotaryEmbedding:
+    _, ph, pw = GENERATOR.patch_size
+    return RotaryEmbedding(GENERATOR.head_dim, HEIGHT // PIXELS // ph, WIDTH // PIXELS // pw, device)
+
+
+class Store:
+    """Clips as latents [N, F, 16, h, w], with where the subject is in them [N, F, h, w], their switch's block [N] and
+    their captions' tokens [N, 2, CAPTIONS_EACH, n]."""
+
+    def __init__(self, folder: Path, clips: int, words, device: str, seed: int, batch: int = 64):
+        vae, mean, std = vaes.load(folder, device)
+        start = time.perf_counter()
+        frames = 4 * BLOCK * BLOCKS - 3
+        scripts = [random_script(min(batch, clips - i), frames, torch.Generator().manual_seed(seed + 15485863 + i))
+                   for i in range(0, clips, batch)]
+        latents, covers = [], []
+        for script in scripts:
+            cover = subject_cover(script.to(device), frames, PIXELS)
+            cover = torch.cat([cover[:, :1], cover[:, 1:].unflatten(1, (-1, 4)).amax(2)], 1)  # a latent is 4 frames
+            covers.append((255 * cover).to(torch.uint8))
+            pixels = draw(script.to(device), frames, batch=2048).transpose(1, 2).float() / 127.5 - 1
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+                latents.append(((vaes.encode(vae, pixels)[0].float().transpose(1, 2) - mean) / std).bfloat16())
+        self.latents, self.cover = torch.cat(latents), torch.cat(covers)
+        self.switch = torch.cat([switch_block(script) for script in scripts]).to(device)
+        rng = random.Random(seed)
+        scenes = torch.cat([script.scenes for script in scripts])
+        ids = torch.stack([words.of(scenes.flatten(0, 1), rng) for _ in range(CAPTIONS_EACH)], 1)
+        self.ids = ids.view(clips, 2, CAPTIONS_EACH, -1).to(device)
+        print(f"store: {clips} clips in {time.perf_counter() - start:.0f} s", flush=True)
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Random clips: latents [B, F, 16, h, w] float32, token ids [B, n], and the loss's weights [B, F, h, w], which
+        are 0 for the blocks that the caption is not about.
+
+        Of a clip with a switch the caption is the first scene's or, more often, the second's; under the second the
+        blocks before the switch are the past that a re-cache shows to the new prompt.
+        """
+        device = self.latents.device
+        index = torch.randint(len(self.latents), (size,), device=device)
+        switch = self.switch[index]
+        second = (torch.rand(size, device=device) < 0.7) & (switch > 0)
+        ids = self.ids[index, second.long(), torch.randint(CAPTIONS_EACH, (size,), device=device)]
+        block = torch.arange(BLOCKS, device=device)
+        until = torch.where(switch > 0, switch, BLOCKS)
+        told = torch.where(second[:, None], block >= switch[:, None], block < until[:, None])
+        weights = (1 + SUBJECT / 255 * self.cover[index]) * told.repeat_interleave(BLOCK, 1)[..., None, None]
+        return self.latents[index].float(), ids, weights
+
+
+def random_sigma(shape: tuple[int, ...], device) -> Tensor:
+    """σ of the shifted schedule, uniform before the shift."""
+    return shifted_sigma(torch.rand(shape, device=device), SHIFT)
+
+
+def optimisers(model: CausalWan, text: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for all else."""
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
+    ids = {id(p) for p in matrices}
+    rest = [p for p in (*model.parameters(), *text.parameters()) if id(p) not in ids]
+    return [Muon(matrices, lr=1e-3),
+            torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def train(folder: Path, ranks: Ranks, *, steps: int, device: str, seed: int = 0, clips: int = 8192,
+          batch: int = 48, draws: int = 2, rate: float = 2e-3) -> None:
+    """Writes `generator.pt`: the running mean of the weights of generator and text encoder."""
+    torch.manual_seed(seed)
+    words = Captions(tokenizer(TEXT["vocab_size"], corpus()), TOKENS)
+    model, text = new_models(device)
+    both = nn.ModuleList([model, text])
+    average = Average(both, 0.9985).to(device)
+    matrices, rest = optimisers(model, text)
+    progress = Progress(folder, "generator", steps, {"both": both, "average": average, "matrices": matrices,
+                                                     "rest": rest}, quiet=not ranks.first)
+    torch.manual_seed(seed + ranks.rank)
+    plan = Plan(BLOCKS, draws, window=WINDOW, sink=SINK, rope=new_rope(device), frames=BLOCK)
+    forward = Parallel(model, plan, compiled=device != "cpu")
+    store = Store(folder, clips, words, device, seed + 1000003 * ranks.rank)
+    nothing = words.ids([""]).to(device)
+    for step in progress:
+        latents, ids, weights = store.batch(batch)
+        ids = torch.where(torch.rand(batch, 1, device=device) < UNTOLD, nothing, ids)
+        set_rate(matrices, cosine(step, steps, rate, warm=min(300, steps // 10 + 1)))
+        set_rate(rest, cosine(step, steps, rate, warm=min(300, steps // 10 + 1)))
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            loss = flow_loss(forward, latents, encode(text, ids, (ids > 0).long()), weights, draws)
+        matrices.zero_grad(set_to_none=True)
+        rest.zero_grad(set_to_none=True)
+        loss.backward()
+        ranks.average_gradients(list(both.parameters()))
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        matrices.step()
+        rest.step()
+        average.update(both, step)
+        progress.log(flow=loss)
+    average.copy_to(both)
+    if ranks.first:
+        save(folder / "generator.pt", model, text)
+    ranks.wait()
+
+
+def flow_loss(forward: Parallel, latents: Tensor, embeds: Tensor, weights: Tensor, draws: int) -> Tensor:
+    """Mean squared error of the flow v = noise − x0, by weights [B, F, h, w]."""
+    batch, device = len(latents), latents.device
+    blocks = latents.unflatten(1, (-1, BLOCK))  # [B, n, F, C, h, w]
+    past = blocks[:, :-1]
+    blur = MOST_BLUR * torch.rand(batch, 1, device=device) * (torch.rand(batch, 1, device=device) < BLURRED)
+    wide = (..., None, None, None, None)
+    past = (1 - blur[wide]) * past + blur[wide] * torch.randn_like(past)
+    clean = blocks.repeat(1, draws, 1, 1, 1, 1)
+    noise = torch.randn_like(clean)
+    sigma = random_sigma(clean.shape[:2], device)
+    noisy = (1 - sigma[wide]) * clean + sigma[wide] * noise
+    t = 1000 * torch.cat([blur.expand(-1, past.shape[1]), sigma], 1)
+    flow = forward(torch.cat([past, noisy], 1), t, embeds).float()
+    error = (flow - (noise - clean)).square().mean(3)
+    weights = weights.unflatten(1, (-1, BLOCK)).repeat(1, draws, 1, 1, 1)
+    return (error * weights).sum() / weights.sum()
+
+
+def save(file: Path, model: CausalWan, text: nn.Module) -> None:
+    """Generator and text encoder, in half precision."""
+    torch.save({part: {name: value.half() for name, value in module.state_dict().items()}
+                for part, module in (("generator", model), ("text", text))}, file)
+
+
+def load(folder: Path, device: str, name: str = "generator.pt") -> tuple[CausalWan, UMT5EncoderModel, Captions]:
+    """The result of this stage or, by name, of a later one."""
+    kept = torch.load(folder / name, map_location=device, weights_only=True)
+    model, text = new_models(device)
+    model.load_state_dict(kept["generator"])
+    text.load_state_dict(kept["text"])
+    return model, text.eval().requires_grad_(False), Captions(tokenizer(TEXT["vocab_size"], corpus()), TOKENS)

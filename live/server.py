@@ -1,0 +1,135 @@
+"""The web server: page, API and WebSocket over one Studio."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import webbrowser
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+
+from live.api import routes
+from live.messages import explain
+from live.refused import Refused
+from live.security import Access, Guard
+from live.studio import Studio
+from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PAGE = Path(__file__).parent / "page"
+TIDY_EVERY = 5.0  # seconds
+GOODBYE = 5  # seconds that open connections get at the end
+
+
+def make_app(studio: Studio, access: Access, suggestions: list[str]) -> FastAPI:
+    """The ASGI application. Its lifespan starts the studio and stops it, which makes all recordings whole."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        studio.start()
+        tidying = asyncio.create_task(_tidy(studio))
+        try:
+            yield
+        finally:
+            tidying.cancel()
+            await run_in_threadpool(studio.stop)
+
+    app = FastAPI(title="LongLive", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
+                  description="Video that is made while it plays: sessions that are typed live, and jobs.")
+    app.include_router(routes(studio, suggestions))
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(PAGE / "docs.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE))
+    _explain_errors(app, studio)
+    app.add_middleware(Guard, access=access, body_bytes=studio.limits.body_bytes, metrics=studio.metrics)
+    return app
+
+
+def _explain_errors(app: FastAPI, studio: Studio) -> None:
+    """Errors are answered in one line that says nothing of the server's files or code."""
+
+    def answer(status: int, message: str) -> JSONResponse:
+        studio.metrics.refused.add()
+        return JSONResponse({"detail": message}, status)
+
+    app.add_exception_handler(Refused, lambda request, error: answer(error.status, str(error)))
+    app.add_exception_handler(UserError, lambda request, error: answer(422, str(error)))
+    app.add_exception_handler(RequestValidationError, lambda request, error: answer(422, explain(error.errors())))
+    app.add_exception_handler(HTTPException, lambda request, error: answer(error.status_code, str(error.detail)))
+
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        return answer(500, "the server failed; its log says why")
+
+    app.add_exception_handler(Exception, unforeseen)
+
+
+async def _tidy(studio: Studio) -> None:
+    """Ends sessions that nobody watches, for as long as the server runs."""
+    while True:
+        await asyncio.sleep(TIDY_EVERY)
+        try:
+            await run_in_threadpool(studio.end_idle)
+        except Exception:
+            log.exception("Idle sessions could not be ended")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises UserError where that is not possible."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"can't listen on {host}, port {port}: {reason}; choose another with --port, or end what "
+                        f"uses it") from None
+    return listener
+
+
+def server_config(app: FastAPI, studio: Studio) -> uvicorn.Config:
+    """How uvicorn runs the application: limits on what comes in, no compression of JPEGs, a ping every 10 s."""
+    return uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, lifespan="on",
+        ws_max_size=studio.limits.message_bytes, ws_per_message_deflate=False, ws_ping_interval=10, ws_ping_timeout=20,
+        timeout_keep_alive=30, timeout_graceful_shutdown=GOODBYE, h11_max_incomplete_event_size=32 << 10,
+    )
+
+
+def run(studio: Studio, access: Access, listener: socket.socket, suggestions: list[str],
+        open_page: Callable[[str], bool] | None = webbrowser.open) -> None:
+    """Serves until Ctrl-C, SIGTERM or SIGHUP; then all recordings are whole."""
+    host, port = listener.getsockname()[:2]
+    name = "localhost" if host in ("127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
+    log.info("Open http://%s:%d/%s   (Ctrl-C ends it)", name, port, "?token=…" if access.token else "")
+    if open_page is not None:
+        open_page(f"http://{name}:{port}/{f'?token={access.token}' if access.token else ''}")
+    server = uvicorn.Server(server_config(make_app(studio, access, suggestions), studio))
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal ends it as SIGTERM does
+        signal.signal(signal.SIGHUP, server.handle_exit)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises again what ended it
+            server.run(sockets=[listener])
+    finally:
+        studio.stop()
+        listener.close()
+    log.info("Ended; recordings are in %s", studio.storage.folder)

@@ -1,0 +1,189 @@
+"""The live server's latency and speed, through real WebSocket clients on this machine.
+
+A server is started over the config's model, or with --random over random weights of the real shapes (no checkpoint is
+needed). Clients play at the video's own pace, as the page does, and send prompts at random moments. Reported:
+
+- prompt to picture: from a prompt's sending to the moment its first frame is due on the screen
+- prompt to socket: from a prompt's sending to its first frame's arrival
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import torch
+import uvicorn
+from websockets.sync.client import connect
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from demo.random_checkpoint import SIZES
+from live.limits import Limits
+from live.packets import HEADER
+from live.security import Access
+from live.server import listen, make_app, server_config
+from live.storage import Storage
+from live.studio import Studio
+from pipeline.engine import Engine
+from scripts.benchmarking.random_engine import random_engine
+from utils.config import load_config
+from utils.report import peak_gpu, resident
+
+SUBJECTS, COLOURS = ("ball", "boat", "balloon", "fish", "star"), ("red", "blue", "yellow", "white", "purple", "green")
+REPORT_EVERY = 4  # frames
+
+
+@dataclass
+class Client:
+    """A player: takes frames as they come, shows them one after the other at `fps`, and asks for a new prompt from time
+    to time. Times in seconds."""
+
+    host: str
+    session: str
+    fps: int
+    prompts: int
+    seed: int
+    to_picture: list[float] = field(default_factory=list)
+    to_socket: list[float] = field(default_factory=list)
+    shown: int = 0
+    bytes: int = 0
+    late: int = 0  # frames that were not there when they were due
+    seconds: float = 0.0
+
+    def run(self) -> None:
+        chance = random.Random(self.seed)
+        with connect(f"ws://{self.host}/api/sessions/{self.session}/live", max_size=None, compression=None) as socket:
+            self._play(socket, chance)
+
+    def _play(self, socket, chance: random.Random) -> None:
+        waiting: deque = deque()  # (take, index, number) of frames not shown yet
+        turn, block, due, began, sent, number = 0.0, 12, None, None, None, None
+        arrived: dict[int, float] = {}
+        ask_at, asked = float("inf"), 0
+        while len(self.to_picture) < self.prompts:
+            now = time.perf_counter()
+            if now >= ask_at and sent is None:
+                asked += 1
+                prompt = f"a {COLOURS[asked % 6]} {SUBJECTS[asked % 5]} number {asked} of {self.seed}"
+                sent, number = now, None
+                socket.send(json.dumps({"type": "prompt", "prompt": prompt, "id": asked}))
+            if waiting and (due is None or now >= due):
+                take, index, shows = waiting.popleft()
+                period = max(1 / self.fps, 1.02 * turn / block)
+                self.late += due is not None and now - due > period
+                due = now + period if due is None or now - due > 2 * period else due + period
+                self.shown += 1
+                if began is None:
+                    began, ask_at = now, now + 5
+                if self.shown % REPORT_EVERY == 0 or not waiting:
+                    socket.send(json.dumps({"type": "played", "take": take, "frames": index + 1}))
+                if sent is not None and number is not None and shows >= number:
+                    self.to_picture.append(now - sent)
+                    self.to_socket.append(arrived[number] - sent)
+                    sent, ask_at = None, now + chance.uniform(0.6, 2.5)
+            timeout = 0.05 if due is None or not waiting else max(0.0, min(0.05, due - time.perf_counter()))
+            try:
+                item = socket.recv(timeout)
+            except TimeoutError:
+                continue
+            if isinstance(item, bytes):
+                _, flags, take, index, shows, _ = HEADER.unpack_from(item)
+                self.bytes += len(item)
+                arrived.setdefault(shows, time.perf_counter())
+                if not flags & 2:
+                    waiting.append((take, index, shows))
+                continue
+            message = json.loads(item)
+            if message["type"] == "state":
+                turn, block = message["turn_seconds"], message["block_frames"]
+            elif message.get("id") == asked and message["type"] == "ok":
+                number = message["number"]
+        self.seconds = time.perf_counter() - began
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, round(share * (len(values) - 1)))]
+
+
+def report(clients: list[Client], engine: Engine, made: float, seconds: float) -> dict:
+    """Figures of a run; times in seconds."""
+    pictures = [value for client in clients for value in client.to_picture]
+    sockets = [value for client in clients for value in client.to_socket]
+    rates = [client.shown / client.seconds for client in clients]
+    return {
+        "sessions": len(clients), "prompts": len(pictures),
+        "prompt_to_picture_median": round(statistics.median(pictures), 3),
+        "prompt_to_picture_p95": round(percentile(pictures, 0.95), 3),
+        "prompt_to_socket_median": round(statistics.median(sockets), 3),
+        "prompt_to_socket_p95": round(percentile(sockets, 0.95), 3),
+        "frames_per_second_shown": [round(rate, 2) for rate in rates],
+        "frames_per_second_made": round(made / seconds, 2),
+        "late_frames_percent": round(100 * sum(c.late for c in clients) / sum(c.shown for c in clients), 2),
+        "megabits_per_second": round(8e-6 * statistics.mean(c.bytes / c.seconds for c in clients), 2),
+        "peak_gpu_gib": round(peak_gpu(engine.device) / 2**30, 2), "host_gib": round(resident() / 2**30, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides, such as height=720")
+    parser.add_argument("--config", default="configs/demo_interactive.yaml")
+    parser.add_argument("--random", choices=SIZES, help="random weights of these shapes, not the config's model")
+    parser.add_argument("--prompts", type=int, default=50, help="prompts of each session")
+    parser.add_argument("--sessions", type=int, nargs="+", default=[1, 3], help="sessions at a time, a run each")
+    parser.add_argument("--lead", type=float, default=Limits.lead_seconds, help="seconds made before they are needed")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    config = load_config(None if args.random else args.config, args.overrides)
+    engine = random_engine(config, args.random) if args.random else Engine.from_config(config)
+    limits = Limits(lead_seconds=args.lead, sessions=max(args.sessions))
+    folder = Path(tempfile.mkdtemp(prefix="longlive-benchmark-"))
+    studio = Studio(config, limits, Storage(folder, limits.disk_bytes), lambda progress: engine, {})
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(server_config(make_app(studio, Access(), []), studio))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    host = f"127.0.0.1:{listener.getsockname()[1]}"
+    http = httpx.Client(base_url=f"http://{host}", timeout=60)
+    try:
+        while studio.stage:
+            time.sleep(0.1)
+            if studio.failure:
+                raise SystemExit(studio.failure)
+        device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
+        print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, {config.height}x{config.width}",
+              flush=True)
+        results = []
+        for count in args.sessions:
+            sessions = [http.post("/api/sessions", json={"prompt": "a red ball", "seed": i}).json()["id"]
+                        for i in range(count)]
+            clients = [Client(host, one, config.fps, args.prompts, i) for i, one in enumerate(sessions)]
+            threads = [threading.Thread(target=client.run) for client in clients]
+            before, start = studio.metrics.frames.value, time.perf_counter()
+            for one in threads:
+                one.start()
+            for one in threads:
+                one.join()
+            seconds = time.perf_counter() - start
+            results.append(report(clients, engine, studio.metrics.frames.value - before, seconds))
+            print("\n".join(f"{key:28}{value}" for key, value in results[-1].items()) + "\n", flush=True)
+            for one in sessions:
+                http.delete(f"/api/sessions/{one}")
+    finally:
+        server.should_exit = True
+        thread.join()
+    if args.json:
+        args.json.write_text(json.dumps({"device": device, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

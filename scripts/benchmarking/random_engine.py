@@ -1,0 +1,89 @@
+"""Engines of the real shapes with random weights: speed and memory do not depend on the values."""
+
+import copy
+import dataclasses
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from demo.random_checkpoint import SIZES, Sizes, randomise
+from pipeline.engine import Engine
+from utils.checkpoint import fill
+from utils.config import Config
+from utils.device import keep_freed_memory, pick_device, pick_dtype, same_on_any_thread_count
+from wan.model import CausalWan
+from wan.tiny_decoder import TinyDecoder
+from wan.vae import WanVAE
+
+PROMPT_TOKENS = 120
+TAEW2_1 = (16, [256, 128, 64, 64])  # latent channels and widths of the published tiny decoder
+
+
+class RandomText:
+    """Stands in for the text encoder: embeddings of the right shape, the same for the same prompt."""
+
+    max_tokens = 512
+
+    def __init__(self, dim: int, max_tokens: int):
+        self.dim, self.tokens = dim, min(PROMPT_TOKENS, max_tokens)
+
+    def overflow(self, prompt: str) -> tuple[int, str]:
+        return self.tokens, ""
+
+    def __call__(self, prompt: str) -> Tensor:
+        return torch.randn(1, self.tokens, self.dim, generator=torch.Generator().manual_seed(len(prompt)))
+
+
+class WeightlessEngine(Engine):
+    """An engine whose text encoder is a `RandomText`, so that nothing is loaded."""
+
+    def __init__(self, config: Config, generator: CausalWan, decoder: WanVAE | TinyDecoder, device: torch.device):
+        text = RandomText(generator.config.text_dim, generator.config.text_len)
+        super().__init__(config, generator, decoder, lambda: text, device)
+
+    @property
+    def text_encoder(self) -> RandomText:
+        return self._load_text()
+
+
+def _empty(config: Config, sizes: Sizes) -> tuple[CausalWan, AutoencoderKLWan | TinyDecoder]:
+    """Generator and decoder on the meta device."""
+    with torch.device("meta"):
+        decoder = TinyDecoder(*TAEW2_1) if config.vae == "taehv" else AutoencoderKLWan.from_config(sizes.vae)
+        return CausalWan(sizes.generator), decoder
+
+
+def _as_decoder(model: nn.Module) -> WanVAE | TinyDecoder:
+    return model if isinstance(model, TinyDecoder) else WanVAE(model)
+
+
+def random_engine(config: Config, sizes: Sizes | str) -> Engine:
+    """An engine whose weights are drawn, not loaded. sizes: or a name in SIZES."""
+    same_on_any_thread_count()
+    keep_freed_memory()
+    device = pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype = pick_dtype(config.dtype, device)
+    random = torch.Generator(device).manual_seed(0)
+    models = _empty(config, SIZES[sizes] if isinstance(sizes, str) else sizes)
+    generator, decoder = (fill(m, randomise(m, str(device), random), "random weights", dtype) for m in models)
+    return WeightlessEngine(config, generator, _as_decoder(decoder), device)
+
+
+def meta_engine(config: Config, sizes: Sizes | str) -> Engine:
+    """An engine that has shapes and no values. Whatever it is asked for it makes in no time, by the plain version of
+    every fused operation."""
+    models = _empty(config, SIZES[sizes] if isinstance(sizes, str) else sizes)
+    # Not float32, for which some operations take a path of the CPU's.
+    generator, decoder = (m.bfloat16().eval().requires_grad_(False) for m in models)
+    return WeightlessEngine(config, generator, _as_decoder(decoder), torch.device("meta"))
+
+
+def with_endless(engine: Engine, endless: bool) -> Engine:
+    """The same weights, with or without `use_infinite_attention`."""
+    other = copy.copy(engine)
+    kwargs = dataclasses.replace(engine.config.model_kwargs, use_infinite_attention=endless)
+    other.config = dataclasses.replace(engine.config, model_kwargs=kwargs)
+    return other

@@ -1,0 +1,79 @@
+"""The operations for a CPU against their plain versions; tests/test_gpu.py does the same for a GPU."""
+
+import pytest
+import torch
+
+from wan import kernels
+
+SHAPES = [(1, 4, 14, 24, 8), (2, 3, 5, 7, 12), (1, 1, 2, 1, 3)]  # frames [B, T, H, W, C]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norm_silu_with_and_without_bias_fills_only_its_frames(shape):
+    x, gamma, bias = draw(*shape), draw(shape[-1]), draw(shape[-1]) * 3
+    x[0, 0, 0, 0] = 0
+    for some_bias in (None, bias):
+        expected = kernels.norm_silu_plain(x, gamma, some_bias)
+        whole = torch.full((shape[0], shape[1] + 2, *shape[2:]), 7.0)
+        kernels.norm_silu(x.clone(), gamma, some_bias, whole[:, 2:])
+        assert_close(whole[:, 2:], expected)
+        assert (whole[:, :2] == 7).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bias_and_skip(shape):
+    x, bias, skip = draw(*shape), draw(shape[-1]), draw(*shape).flip(0)
+    assert_close(kernels.add_bias(x.clone(), bias, skip), kernels.add_bias_plain(x, bias, skip))
+
+
+@pytest.mark.parametrize("batch,height,width,channels,out", [(1, 5, 4, 8, 3), (3, 1, 2, 6, 8), (2, 1, 1, 1, 1)])
+def test_convolution_of_twice_the_rows_and_columns(batch, height, width, channels, out):
+    x, weight, bias = draw(batch, height, width, channels), draw(out, channels, 3, 3), draw(out)
+    got = kernels.conv2d_of_twice(x, weight, bias)
+    assert got.shape == (batch, 2 * height, 2 * width, out)
+    assert_close(got, kernels.conv2d_of_twice_plain(x, weight, bias))
+
+
+def test_linear_and_gelu():
+    x, weight, bias = draw(2, 3, 10, 24) * 5, draw(40, 24), draw(40)
+    assert_close(kernels.linear_gelu(x, weight, bias), kernels.linear_gelu_plain(x, weight, bias))
+
+
+def test_other_types_take_the_plain_versions():
+    x, gamma = draw(*SHAPES[0], dtype=torch.bfloat16), draw(SHAPES[0][-1], dtype=torch.bfloat16)
+    out = torch.empty_like(x)
+    kernels.norm_silu(x, gamma, gamma, out)
+    assert torch.equal(out, kernels.norm_silu_plain(x, gamma, gamma).bfloat16())
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    frames, gamma = draw(2, 3, 14, 24, 64), draw(64)
+    weight, wide = draw(32, 64, 3, 3), draw(96, 64)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            out = torch.empty_like(frames)
+            kernels.norm_silu(frames.clone(), gamma, gamma, out)
+            results.append([out, kernels.add_bias(frames.clone(), gamma, frames),
+                            kernels.conv2d_of_twice(frames[0], weight, gamma[:32]),
+                            kernels.linear_gelu(frames, wide, wide[:, 0])])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            assert torch.equal(got, expected)

@@ -1,0 +1,309 @@
+"""The live page in headless Chromium, with the small model that comes with this repository."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from live.limits import Limits
+from live.packets import jpeg
+from pipeline.engine import Engine
+from tests.frames import decode_errors, read_frames
+from tests.live_client import LiveServer, wait_until
+from utils.config import load_config
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here; install it (Debian, Ubuntu: apt-get install chromium), or set CHROMIUM")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update"]
+PATIENCE = 90  # seconds
+RED, BLUE = "A red ball bounces on a green meadow at noon.", "A blue ball bounces on a green meadow at noon."
+# Keeps a picture of the canvas for each frame that was on it.
+CAPTURE = """() => {
+  const canvas = document.querySelector("#picture");
+  window.captured = {};
+  new MutationObserver(() => { window.captured[canvas.dataset.frame] ??= canvas.toDataURL("image/png"); })
+    .observe(canvas, { attributes: true, attributeFilter: ["data-frame"] });
+}"""
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.from_config(load_config("configs/demo_interactive.yaml"))
+
+
+@pytest.fixture(scope="module")
+def server(engine, tmp_path_factory):
+    limits = Limits(idle_seconds=3600)
+    with LiveServer(engine, engine.config, tmp_path_factory.mktemp("live"), limits) as server:
+        wait_until(lambda: not server.studio.stage, "the engine")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Page:
+    """The live page in a browser window of its own."""
+
+    def __init__(self, browser, server: LiveServer, **settings):
+        self.context = browser.new_context(viewport={"width": 1280, "height": 860}, accept_downloads=True, **settings)
+        self.tab = self.context.new_page()
+        self.server, self.errors = server, []
+        self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.tab.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+
+    def open(self, address: str = "") -> None:
+        self.tab.goto(address or self.server.address)
+        self.wait(lambda: self.state not in ("", "connecting", "loading"))
+
+    def wait(self, true: Callable[[], object], what: str = "") -> None:
+        end = time.monotonic() + PATIENCE
+        while not true():
+            assert time.monotonic() < end, (what, self.state, self.errors, self.text("#composer-note"))
+            self.tab.wait_for_timeout(50)
+
+    @property
+    def state(self) -> str:
+        return self.tab.evaluate("() => document.body?.dataset.state ?? ''")
+
+    @property
+    def frame(self) -> int:
+        return int(self.tab.evaluate("() => document.querySelector('#picture').dataset.frame ?? -1"))
+
+    @property
+    def session(self) -> str:
+        return self.tab.url.split("#")[1]
+
+    def text(self, selector: str) -> str:
+        return self.tab.inner_text(selector)
+
+    def captured(self) -> dict[int, np.ndarray]:
+        """Every frame that was on the canvas, uint8 [H, W, 3]."""
+        urls = self.tab.evaluate("() => window.captured")
+        return {int(frame): np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
+                for frame, url in urls.items()}
+
+    def type(self, prompt: str) -> None:
+        self.tab.fill("#prompt", prompt)
+        self.tab.press("#prompt", "Enter")
+
+
+@pytest.fixture
+def page(chromium, server):
+    pages = []
+
+    def make(**settings) -> Page:
+        pages.append(Page(chromium, server, **settings))
+        return pages[-1]
+
+    yield make
+    for one in pages:
+        one.context.close()
+    server.end_all()
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(int) - b).mean())
+
+
+def assert_follows(captured: dict[int, np.ndarray], engine: Engine, seed: int, prompts: list[dict]) -> None:
+    """The pictures on the canvas are those of the prompts, and from the second prompt on not those of the first alone.
+
+    Once the model is trained, a judge of what is to be seen belongs here.
+    """
+    def frames(timeline: dict[int, str]) -> np.ndarray:
+        session, made, prompt = engine.session(seed), [], ""
+        while sum(map(len, made)) <= max(captured):
+            prompt = timeline.get(session.position, prompt)
+            session.set_prompt(prompt)
+            made.append(session.step())
+        return torch.cat(made).numpy()
+
+    followed = frames({one["latent"]: one["prompt"] for one in prompts})
+    alone = frames({0: prompts[0]["prompt"]})
+    switch = prompts[1]["frame"]
+    assert any(index < switch for index in captured) and any(index >= switch for index in captured)
+    for index, picture in captured.items():
+        expected, other = (np.asarray(Image.open(io.BytesIO(jpeg(one[index])))) for one in (followed, alone))
+        assert distance(picture, expected) < 3, index
+        if index >= switch:
+            assert distance(picture, other) > distance(picture, expected), index
+
+
+def test_type_while_it_plays(page, engine, tmp_path):
+    one = page()
+    one.open()
+    assert one.state == "waiting" and "What should the video show?" in one.text("#veil")
+    one.tab.evaluate(CAPTURE)
+    one.type(RED)
+    one.wait(lambda: one.frame > 20, "frames")
+    first = one.captured()
+    assert len({picture.tobytes() for picture in first.values()}) > 15  # it moves
+
+    one.type(BLUE)
+    one.wait(lambda: one.tab.get_attribute("#picture", "data-number") == "2", "the first frame under the new prompt")
+    one.wait(lambda: "median" in one.text("#f-latency-more"))
+    assert float(one.text("#f-latency")) > 0
+    made = one.server.state(one.session)
+    one.wait(lambda: one.frame > made["prompts"][1]["frame"] + 12)
+    assert [entry["prompt"] for entry in made["prompts"]] == [RED, BLUE]
+    assert one.tab.locator("#prompts li").count() == 2 and one.tab.locator(".track .segment").count() == 2
+    assert_follows(one.captured(), engine, 0, made["prompts"])
+
+    one.tab.keyboard.press("Escape")  # out of the prompt box, then by keys alone
+    one.tab.keyboard.press("Space")
+    one.wait(lambda: one.state == "paused")
+    one.tab.wait_for_timeout(500)
+    still = one.frame
+    one.tab.wait_for_timeout(700)
+    assert one.frame == still
+
+    session, frames = one.session, one.server.state(one.session)["frames"]
+    one.tab.reload()
+    one.wait(lambda: one.state == "paused")
+    assert one.session == session and one.frame == frames - 1  # the newest picture, at once
+    assert one.tab.locator("#prompts li").count() == 2
+
+    downloads = []
+    one.tab.on("download", lambda download: downloads.append(download))
+    one.tab.keyboard.press("d")
+    one.wait(lambda: len(downloads) == 2, "two downloads")
+    video, about = (tmp_path / download.suggested_filename for download in downloads)
+    for download in downloads:
+        download.save_as(tmp_path / download.suggested_filename)
+    assert video.suffix == ".mp4" and decode_errors(video) == ""
+    assert len(read_frames(video)) == json.loads(about.read_text())["frames"] == frames
+
+    one.tab.keyboard.press("Space")
+    one.wait(lambda: one.frame > frames, "play after the reload")
+    assert one.errors == []
+
+
+def test_schedule_on_the_timeline_and_take_back(page):
+    one = page()
+    one.open()
+    one.type(RED)
+    one.wait(lambda: one.frame > 5)
+    box = one.tab.locator("#track").bounding_box()
+    one.tab.mouse.click(box["x"] + 0.5 * box["width"], box["y"] + 30)
+    assert one.tab.is_checked("#when-at") and one.tab.evaluate("() => document.activeElement.id") == "prompt"
+    second = float(one.tab.input_value("#at"))
+    one.type(BLUE)
+    one.wait(lambda: one.tab.locator(".track .pin").count() == 1)
+    (waiting,) = one.server.state(one.session)["scheduled"]
+    assert second <= waiting["second"] < second + 0.75
+    one.tab.click("#prompts .waits .undo")
+    one.wait(lambda: one.tab.locator(".track .pin").count() == 0)
+
+    soon = one.server.state(one.session)["seconds"] + 2.5
+    one.tab.check("#when-at", force=True)
+    one.tab.fill("#at", f"{soon:.1f}")
+    one.type(BLUE)
+    one.wait(lambda: len(one.server.state(one.session)["prompts"]) == 2, "the scheduled prompt")
+    assert one.server.state(one.session)["prompts"][1]["second"] >= round(soon, 1) - 1e-3
+    assert one.errors == []
+
+
+def test_settings_history_suggestions_and_restart(page):
+    one = page()
+    one.open()
+    one.tab.locator("#suggestions button").first.click()
+    one.wait(lambda: one.frame > 5)
+    one.type("a second prompt")
+    one.tab.press("#prompt", "ArrowUp")
+    assert one.tab.input_value("#prompt") == "a second prompt"
+    one.tab.press("#prompt", "ArrowUp")
+    assert one.tab.input_value("#prompt") == "a red ball"
+    one.tab.press("#prompt", "Escape")
+    one.tab.select_option("#refresh", "reset")
+    one.tab.keyboard.press("e")
+    one.wait(lambda: not one.server.state(one.session)["endless"])
+    assert one.server.state(one.session)["refresh"] == "reset"
+    one.tab.fill("#seed", "7")
+    one.tab.press("#seed", "Enter")
+    one.wait(lambda: one.server.state(one.session)["take"] == 2)
+    assert one.server.state(one.session)["seed"] == 7
+    one.wait(lambda: one.tab.get_attribute("#picture", "data-take") == "2")
+    assert one.errors == []
+
+
+def test_lost_connection_comes_back_to_the_same_session(page):
+    one = page()
+    one.open()
+    one.type(RED)
+    one.wait(lambda: one.frame > 5)
+    session = one.session
+    one.server.cut_connections()
+    one.wait(lambda: one.state == "lost", "the loss being seen")
+    frame = one.frame
+    one.wait(lambda: one.frame > frame + 20)
+    assert one.session == session
+
+
+def test_ended_session_offers_a_new_one(page):
+    one = page()
+    one.open()
+    session = one.session
+    one.server.http.delete(f"/api/sessions/{session}")
+    one.wait(lambda: one.state == "gone")
+    one.tab.click("#veil-button")
+    one.wait(lambda: one.state == "waiting")
+    assert one.session != session
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+@pytest.mark.parametrize(("width", "height"), [(1440, 900), (1024, 700), (390, 844), (320, 568)])
+def test_page_fits_its_window(page, scheme, width, height):
+    """Nothing sticks out at the side, and player, prompt box and controls are to be seen."""
+    one = page(color_scheme=scheme)
+    one.tab.set_viewport_size({"width": width, "height": height})
+    one.open()
+    assert one.tab.evaluate("() => document.documentElement.scrollWidth") <= width
+    for selector in ("#player", "#prompt", "#send", "#pause", "#track"):
+        box = one.tab.locator(selector).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["height"] > 10, selector
+    if width < 500:
+        assert one.tab.locator("#send").bounding_box()["y"] < height  # without scrolling
+    ground = one.tab.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 384) == (scheme == "dark")
+
+
+def test_every_control_has_a_name_and_the_keyboard_reaches_it(page):
+    one = page()
+    one.open()
+    nameless = one.tab.evaluate("""() => [...document.querySelectorAll("button, input, select, textarea, a")]
+      .filter((node) => !node.hidden)
+      .filter((node) => !(node.ariaLabel || node.textContent.trim() || node.labels?.length || node.title))
+      .map((node) => node.outerHTML)""")
+    assert nameless == []
+    reached = set()
+    for _ in range(60):
+        one.tab.keyboard.press("Tab")
+        reached.add(one.tab.evaluate("() => document.activeElement.id"))
+    assert {"pause", "endless", "refresh", "seed", "dice", "restart", "fullscreen", "prompt", "send"} <= reached
+
+
+def test_docs_page_lists_the_api(page):
+    one = page()
+    one.tab.goto(f"{one.server.address}/docs")
+    one.wait(lambda: one.tab.locator("details").count() > 10)
+    assert "/api/sessions/{identity}/live" in one.text("#content") and one.errors == []

@@ -1,0 +1,170 @@
+"""What the training computes is what the generator computes when it makes a video."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from demo.training import forcing, generator
+from demo.training import vae as vaes
+from demo.training.causal import Parallel, Plan
+from demo.training.export import export, restore
+from demo.training.ranks import Ranks
+from pipeline.engine import Engine
+from pipeline.noise import NoiseSource
+from pipeline.session import Session
+from utils.config import load_config
+from wan.kv_cache import KVCache
+from wan.model import CausalWan, WanConfig
+from wan.rope import RotaryEmbedding
+
+TINY = WanConfig(dim=32, ffn_dim=64, freq_dim=16, text_dim=24, num_heads=2, num_layers=2, text_len=8)
+ROWS, COLUMNS, FRAMES = 2, 3, 3
+
+
+def random_model() -> CausalWan:
+    torch.manual_seed(0)
+    model = CausalWan(TINY)
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.2)
+    return model
+
+
+@torch.no_grad()
+def one_after_another(model, clean, noisy, t_past, t, embeds, rope, window, sink):
+    """Flow of noisy blocks, each over the cache that the clean blocks before it left; as `Session` does it."""
+    cache = KVCache(layers=TINY.num_layers, batch=len(clean), tokens=ROWS * COLUMNS, heads=TINY.num_heads,
+                    head_dim=TINY.head_dim, window=window, sink=sink, dtype=torch.float32, device="cpu")
+    text = model.encode_text(embeds)
+    flows = []
+    for block in range(noisy.shape[1]):
+        cache.begin(FRAMES * block, FRAMES)
+        flows.append(model(noisy[:, block], float(t[block]), FRAMES * block, rope, cache, text))
+        if block < clean.shape[1]:
+            model(clean[:, block], t_past, FRAMES * block, rope, cache, text)
+    return torch.stack(flows, 1)
+
+
+def test_all_blocks_at_once_equal_one_after_another():
+    model, rope = random_model(), RotaryEmbedding(TINY.head_dim, ROWS, COLUMNS, "cpu")
+    blocks, batch = 6, 2
+    shape = (batch, blocks, FRAMES, 16, 2 * ROWS, 2 * COLUMNS)
+    clean, noisy = torch.randn(shape)[:, :-1], torch.randn(shape)
+    embeds, t = torch.randn(batch, 5, TINY.text_dim), torch.linspace(1000, 300, blocks)
+    plan = Plan(blocks, 1, window=4, sink=1, rope=rope, frames=FRAMES)
+    every_t = torch.cat([torch.full((blocks - 1,), 40.0), t]).expand(batch, -1)
+    with torch.no_grad():
+        got = Parallel(model, plan)(torch.cat([clean, noisy], 1), every_t, embeds)
+    expected = one_after_another(model, clean, noisy, 40.0, t, embeds, rope, window=12, sink=3)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_draw_of_a_block_is_on_its_own():
+    model, rope = random_model(), RotaryEmbedding(TINY.head_dim, ROWS, COLUMNS, "cpu")
+    clean, noisy = torch.randn(1, 3, FRAMES, 16, 4, 6), torch.randn(1, 8, FRAMES, 16, 4, 6)
+    embeds, t = torch.randn(1, 5, TINY.text_dim), torch.full((1, 11), 500.0)
+    with torch.no_grad():
+        both = Parallel(model, Plan(4, 2, window=4, sink=1, rope=rope, frames=FRAMES))(
+            torch.cat([clean, noisy], 1), t, embeds)
+        second = Parallel(model, Plan(4, 1, window=4, sink=1, rope=rope, frames=FRAMES))(
+            torch.cat([clean, noisy[:, 4:]], 1), t[:, :7], embeds)
+    torch.testing.assert_close(both[:, 4:], second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"base_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1},
+                                   {**vaes.SIZES, "base_dim": 4}])
+@torch.no_grad()
+def test_vae_in_two_pieces_equals_diffusers(sizes):
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**sizes)
+    video = torch.randn(1, 3, 13, 16, 24)
+    expected = vae.encode(video).latent_dist.mean
+    mean, _ = vaes.encode(vae, video)
+    torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
+    latents = torch.randn_like(mean)
+    torch.testing.assert_close(vaes.decode(vae, latents).clamp(-1, 1), vae.decode(latents).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_that_lets_gradients_through_is_the_block_of_the_cache():
+    model, rope = random_model(), RotaryEmbedding(TINY.head_dim, ROWS, COLUMNS, "cpu")
+    text = model.encode_text(torch.randn(1, 5, TINY.text_dim))
+    caches = [KVCache(layers=TINY.num_layers, batch=1, tokens=ROWS * COLUMNS, heads=TINY.num_heads,
+                      head_dim=TINY.head_dim, window=12, sink=3, dtype=torch.float32, device="cpu") for _ in range(2)]
+    for block in range(6):  # the window is full after four
+        latents, position = torch.randn(1, FRAMES, 16, 2 * ROWS, 2 * COLUMNS), FRAMES * block
+        for cache in caches:
+            cache.begin(position, FRAMES)
+        with torch.no_grad():
+            expected = model(latents, 0.0, position, rope, caches[0], text)
+        got = model(latents, 0.0, position, rope, forcing.Tape(caches[1], position), text)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    got.sum().backward()
+    assert all(p.grad is not None for p in model.blocks[0].self_attn.parameters())
+
+
+def test_videos_in_training_are_made_as_a_session_makes_them(tiny_training, tmp_path):
+    torch.manual_seed(0)
+    fast = CausalWan(generator.GENERATOR)
+    for value in fast.parameters():
+        torch.nn.init.normal_(value, std=0.1)
+    embeds = {prompt: torch.randn(1, 4, fast.config.text_dim) for prompt in "ab"}
+    noise = NoiseSource(0, (FRAMES, 16, 14, 24))
+    config = load_config("configs/demo.yaml", ["device=cpu"])
+    session = Session(config, fast, embeds.get, None, noise)
+    videos = forcing.Videos(fast, embeds["a"])
+    sigmas = [t / 1000 for t in session.steps]
+    with torch.no_grad():
+        for block in range(8):  # evictions from the fifth on, switches before and after
+            prompt = "a" if block in (0, 1, 6, 7) else "b"
+            session.set_prompt(prompt)
+            if block in (2, 6):
+                videos.switch(embeds[prompt])
+            videos.cache.begin(videos.position(block), FRAMES)
+            x = noise.start(block)
+            for i, sigma in enumerate(sigmas):
+                x0 = x - sigma * videos.forward(x, sigma, videos.position(block))
+                if i + 1 < len(sigmas):
+                    x = (1 - sigmas[i + 1]) * x0 + sigmas[i + 1] * noise.renoise(block, i)
+            videos.finish(x0)
+            torch.testing.assert_close(x0, session.step_latents().clone(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def tiny_training(monkeypatch):
+    """Every stage at a size that takes seconds on a CPU."""
+    config = dataclasses.replace(generator.GENERATOR, dim=32, ffn_dim=32, num_heads=1, num_layers=1)
+    monkeypatch.setattr(vaes, "SIZES", {**vaes.SIZES, "base_dim": 4})
+    for module in (generator, forcing):
+        monkeypatch.setattr(module, "GENERATOR", config)
+    monkeypatch.setattr(generator, "BLOCKS", 3)
+
+
+def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_training, tmp_path, capsys):
+    ranks, stages = Ranks(), tmp_path / "stages"
+    stages.mkdir()
+    vaes.train(stages, steps=3, device="cpu", clips=1, crop=(1, 3, 5, 32, 32), whole=(1, 3, 5, 64, 64), measured=1)
+    for steps in (1, 2):
+        generator.train(stages, ranks, steps=steps, device="cpu", clips=1, batch=1, draws=1)
+    assert "generator: goes on at step 1 of 2" in capsys.readouterr().out
+    forcing.train(stages, ranks, "distilled", steps=5, device="cpu", batch=1, rate=1e-3, lora=False, blocks=5,
+                  switch_every=None)
+    forcing.train(stages, ranks, "streaming", steps=7, device="cpu", batch=1, rate=1e-3, lora=True, blocks=7,
+                  switch_every=(2, 2))
+    assert {file.name for file in (stages / "curves").iterdir()} == {
+        f"{stage}.json" for stage in ("vae", "generator", "distilled", "streaming")}
+
+    export(stages, tmp_path / "checkpoint")
+    config = load_config("configs/demo.yaml", [
+        f"wan_folder={tmp_path}", f"generator_ckpt={tmp_path}/checkpoint/models/longlive_base.pt",
+        f"lora_ckpt={tmp_path}/checkpoint/models/lora.pt", f"adapter.rank={forcing.RANK}",
+        f"adapter.alpha={forcing.RANK}", "cache_merged=false", "device=cpu"])
+    session = Engine.from_config(config).session(seed=0)
+    session.set_prompt("a red ball")
+    assert session.step().shape == (9, 112, 192, 3)
+
+    again = tmp_path / "again"
+    again.mkdir()
+    restore(tmp_path / "checkpoint", again)
+    first, second = (generator.load(folder, "cpu", "distilled.pt")[0].state_dict() for folder in (stages, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
