@@ -315,15 +315,15 @@ class Show:
                 "type": "state", "id": self.id, "take": self.take_number, "status": self.status,
                 "message": self.failure or self.ended, "seed": take.seed, "refresh": self.refresh,
                 "endless": self.endless, "paused": self.paused, "frames": take.frames,
-                "seconds": round(take.frames / config.fps, 3), "length": self.length, "fps": config.fps,
+                "seconds": take.frames / config.fps, "length": self.length, "fps": config.fps,
                 "width": config.width, "height": config.height, "block_frames": self.block_frames,
                 "prompt": take.prompt, "number": take.number,
                 "next": {"number": take.next.number, "prompt": take.next.prompt} if take.next else None,
                 "prompts": [{"number": number, "prompt": one.prompt, "latent": one.latent, "refresh": one.refresh,
-                             "frame": frames_of(one.latent), "second": round(frames_of(one.latent) / config.fps, 3)}
+                             "frame": frames_of(one.latent), "second": frames_of(one.latent) / config.fps}
                             for number, one in applied],
                 "scheduled": [{"number": one.number, "prompt": one.prompt, "latent": one.latent,
-                               "refresh": one.refresh, "second": round(take.second_of(one.latent), 3)}
+                               "refresh": one.refresh, "second": take.second_of(one.latent)}
                               for one in take.scheduled],
                 "frames_per_second": round(speed, 2), "block_seconds": round(self.block_seconds, 4),
                 "turn_seconds": round(self.turn_seconds, 4), "viewers": len(self.viewers),
