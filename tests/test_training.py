@@ -137,22 +137,24 @@ def tiny_training(monkeypatch):
     monkeypatch.setattr(vaes, "SIZES", {**vaes.SIZES, "base_dim": 4})
     for module in (generator, forcing):
         monkeypatch.setattr(module, "GENERATOR", config)
-    monkeypatch.setattr(generator, "BLOCKS", 3)
+    monkeypatch.setattr(generator, "PHASES", tuple(dataclasses.replace(phase, share=1 / 3, batch=2, blocks=blocks)
+                                                   for phase, blocks in zip(generator.PHASES, (1, 2, 3), strict=True)))
+    monkeypatch.setattr(generator, "FIRST_BLOCKS", 1)
 
 
 def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_training, tmp_path, capsys):
     ranks, stages = Ranks(), tmp_path / "stages"
     stages.mkdir()
     vaes.train(stages, steps=3, device="cpu", clips=1, crop=(1, 3, 5, 32, 32), whole=(1, 3, 5, 64, 64), measured=1)
-    for steps in (1, 2):
-        generator.train(stages, ranks, steps=steps, device="cpu", clips=1, batch=1, draws=1)
-    assert "generator: goes on at step 1 of 2" in capsys.readouterr().out
+    for steps in (1, 3):
+        generator.train(stages, ranks, steps=steps, device="cpu", clips=2)
+    assert "generator: goes on at step 1 of 3" in capsys.readouterr().out
     forcing.train(stages, ranks, "distilled", steps=5, device="cpu", batch=1, rate=1e-3, lora=False, blocks=5,
                   switch_every=None)
     forcing.train(stages, ranks, "streaming", steps=7, device="cpu", batch=1, rate=1e-3, lora=True, blocks=7,
                   switch_every=(2, 2))
     assert {file.name for file in (stages / "curves").iterdir()} == {
-        f"{stage}.json" for stage in ("vae", "generator", "distilled", "streaming")}
+        f"{stage}.json" for stage in ("vae", "reading", "generator", "distilled", "streaming")}
 
     export(stages, tmp_path / "checkpoint")
     config = load_config("configs/demo.yaml", [

@@ -1,7 +1,12 @@
-"""Stage 2: the text encoder and the causal generator, by flow matching with teacher forcing."""
+"""Stage 2: the text encoder and the causal generator, by flow matching with teacher forcing.
+
+What a caption says of a scene shows in the first block; every later one can take it from its past. So the text encoder
+learns to read first, then the two see a great many first blocks, then short clips, then longer ones.
+"""
 
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +15,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from demo.captions import corpus
 from demo.random_checkpoint import SIZES, tokenizer
+from demo.training import reading
 from demo.training import vae as vaes
 from demo.training.causal import Parallel, Plan
 from demo.training.clips import BLOCK, Captions, random_script, switch_block
@@ -26,13 +32,27 @@ from wan.text_encoder import encode
 GENERATOR = SIZES["toy"].generator
 TEXT = {**SIZES["toy"].text, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}
 TOKENS = 64  # of a caption, at most
-BLOCKS = 7  # of a training clip: 21 latents, 81 frames, 5 s
 WINDOW, SINK = 4, 1  # blocks
 SHIFT = 5.0
 CAPTIONS_EACH = 4  # of every scene
 SUBJECT = 4.0  # how much more the loss counts where the subject is: it is a small part of the picture
 UNTOLD = 0.1  # share of the clips without a caption, for classifier-free guidance
 BLURRED, MOST_BLUR = 0.5, 0.6  # share of the clips whose past is noisy, and the most noise (σ) in it
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training. share: of the steps. blocks: of a clip. draws: noisy versions of each block of a clip."""
+
+    share: float
+    blocks: int
+    batch: int
+    draws: int
+
+
+PHASES = (Phase(0.35, 1, 512, 1), Phase(0.40, 4, 88, 2), Phase(0.25, 7, 48, 2))
+FIRST_BLOCKS = 4  # so many times more clips of one block than of all
+READING = 0.4  # steps of it for each step of the generator's
 
 
 def new_models(device: str) -> tuple[CausalWan, UMT5EncoderModel]:
@@ -53,14 +73,14 @@ def new_rope(device: str) -> RotaryEmbedding:
 
 class Store:
     """Clips as latents [N, F, 16, h, w], with where the subject is in them [N, F, h, w], their switch's block [N] and
-    their captions' tokens [N, 2, CAPTIONS_EACH, n]."""
+    their captions' tokens [N, 2, CAPTIONS_EACH, n]. In half of the clips the scene changes, where there is room."""
 
-    def __init__(self, folder: Path, clips: int, words, device: str, seed: int, batch: int = 64):
+    def __init__(self, folder: Path, clips: int, blocks: int, words, device: str, seed: int):
         vae, mean, std = vaes.load(folder, device)
         start = time.perf_counter()
-        frames = 4 * BLOCK * BLOCKS - 3
-        scripts = [random_script(min(batch, clips - i), frames, torch.Generator().manual_seed(seed + 15485863 + i))
-                   for i in range(0, clips, batch)]
+        frames, batch = 4 * BLOCK * blocks - 3, max(1, 448 // blocks)
+        scripts = [random_script(min(batch, clips - i), frames, torch.Generator().manual_seed(seed + 15485863 + i),
+                                 switch=0.5 if blocks > 1 else 0.0) for i in range(0, clips, batch)]
         latents, covers = [], []
         for script in scripts:
             cover = subject_cover(script.to(device), frames, PIXELS)
@@ -75,25 +95,27 @@ class Store:
         scenes = torch.cat([script.scenes for script in scripts])
         ids = torch.stack([words.of(scenes.flatten(0, 1), rng) for _ in range(CAPTIONS_EACH)], 1)
         self.ids = ids.view(clips, 2, CAPTIONS_EACH, -1).to(device)
-        print(f"store: {clips} clips in {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"store: {clips} clips of {frames} frames in {time.perf_counter() - start:.0f} s", flush=True)
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random clips: latents [B, F, 16, h, w] float32, token ids [B, n], and the loss's weights [B, F, h, w], which
-        are 0 for the blocks that the caption is not about.
+    def batch(self, size: int, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first blocks of random clips: latents [B, F, 16, h, w] float32, token ids [B, n], and the loss's weights
+        [B, F, h, w], which are 0 for the blocks that the caption is not about.
 
         Of a clip with a switch the caption is the first scene's or, more often, the second's; under the second the
         blocks before the switch are the past that a re-cache shows to the new prompt.
         """
-        device = self.latents.device
+        device, latents = self.latents.device, blocks * BLOCK
         index = torch.randint(len(self.latents), (size,), device=device)
         switch = self.switch[index]
-        second = (torch.rand(size, device=device) < 0.7) & (switch > 0)
+        switches = (switch > 0) & (switch < blocks)
+        second = (torch.rand(size, device=device) < 0.7) & switches
         ids = self.ids[index, second.long(), torch.randint(CAPTIONS_EACH, (size,), device=device)]
-        block = torch.arange(BLOCKS, device=device)
-        until = torch.where(switch > 0, switch, BLOCKS)
+        block = torch.arange(blocks, device=device)
+        until = torch.where(switches, switch, blocks)
         told = torch.where(second[:, None], block >= switch[:, None], block < until[:, None])
-        weights = (1 + SUBJECT / 255 * self.cover[index]) * told.repeat_interleave(BLOCK, 1)[..., None, None]
-        return self.latents[index].float(), ids, weights
+        weights = 1 + SUBJECT / 255 * self.cover[index, :latents]
+        return (self.latents[index, :latents].float(), ids,
+                weights * told.repeat_interleave(BLOCK, 1)[..., None, None])
 
 
 def random_sigma(shape: tuple[int, ...], device) -> Tensor:
@@ -110,29 +132,50 @@ def optimisers(model: CausalWan, text: nn.Module) -> list[torch.optim.Optimizer]
             torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
+def phase_of(step: int, steps: int) -> Phase:
+    """The phase that a step belongs to."""
+    done = 0.0
+    for phase in PHASES:
+        done += phase.share
+        if step < done * steps:
+            return phase
+    return PHASES[-1]
+
+
 def train(folder: Path, ranks: Ranks, *, steps: int, device: str, seed: int = 0, clips: int = 8192,
-          batch: int = 48, draws: int = 2, rate: float = 2e-3) -> None:
+          rate: float = 2e-3) -> None:
     """Writes `generator.pt`: the running mean of the weights of generator and text encoder."""
     torch.manual_seed(seed)
     words = Captions(tokenizer(TEXT["vocab_size"], corpus()), TOKENS)
     model, text = new_models(device)
+    if ranks.first:
+        reading.train(folder, text, words, steps=round(READING * steps), device=device, seed=seed, captions=4 * clips)
+    ranks.share(text)
     both = nn.ModuleList([model, text])
     average = Average(both, 0.9985).to(device)
     matrices, rest = optimisers(model, text)
     progress = Progress(folder, "generator", steps, {"both": both, "average": average, "matrices": matrices,
                                                      "rest": rest}, quiet=not ranks.first)
-    torch.manual_seed(seed + ranks.rank)
-    plan = Plan(BLOCKS, draws, window=WINDOW, sink=SINK, rope=new_rope(device), frames=BLOCK)
-    forward = Parallel(model, plan, compiled=device != "cpu")
-    store = Store(folder, clips, words, device, seed + 1000003 * ranks.rank)
+    seed += 1000003 * ranks.rank
+    torch.manual_seed(seed)
     nothing = words.ids([""]).to(device)
+    phase = store = forward = None
     for step in progress:
-        latents, ids, weights = store.batch(batch)
-        ids = torch.where(torch.rand(batch, 1, device=device) < UNTOLD, nothing, ids)
-        set_rate(matrices, cosine(step, steps, rate, warm=min(300, steps // 10 + 1)))
-        set_rate(rest, cosine(step, steps, rate, warm=min(300, steps // 10 + 1)))
+        if phase is not phase_of(step, steps):
+            before, phase = phase, phase_of(step, steps)
+            if before is None or before.blocks == 1:
+                several = phase.blocks > 1
+                store = None  # frees the last one's memory first
+                store = Store(folder, clips if several else FIRST_BLOCKS * clips,
+                              PHASES[-1].blocks if several else 1, words, device, seed)
+            plan = Plan(phase.blocks, phase.draws, window=WINDOW, sink=SINK, rope=new_rope(device), frames=BLOCK)
+            forward = Parallel(model, plan, compiled=device != "cpu")
+        latents, ids, weights = store.batch(phase.batch, phase.blocks)
+        ids = torch.where(torch.rand(len(ids), 1, device=device) < UNTOLD, nothing, ids)
+        for optimiser in (matrices, rest):
+            set_rate(optimiser, cosine(step, steps, rate, warm=min(300, steps // 10 + 1)))
         with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-            loss = flow_loss(forward, latents, encode(text, ids, (ids > 0).long()), weights, draws)
+            loss = flow_loss(forward, latents, encode(text, ids, (ids > 0).long()), weights, phase.draws)
         matrices.zero_grad(set_to_none=True)
         rest.zero_grad(set_to_none=True)
         loss.backward()

@@ -30,6 +30,12 @@ class Ranks:
             torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(
                 flat.split([gradient.numel() for gradient in gradients]), gradients, strict=True)])
 
+    def share(self, module: torch.nn.Module) -> None:
+        """Gives all the first one's weights."""
+        if self.size > 1:
+            for value in module.parameters():
+                dist.broadcast(value.data, 0)
+
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:
