@@ -75,7 +75,9 @@ def _explain_errors(app: FastAPI, studio: Studio) -> None:
     app.add_exception_handler(HTTPException, lambda request, error: answer(error.status_code, str(error.detail)))
 
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        return answer(500, "the server failed; its log says why")
+        failed = answer(500, "the server failed; its log says why")
+        failed.headers["connection"] = "close"  # uvicorn closes it, and the client is not to ask the next thing there
+        return failed
 
     app.add_exception_handler(Exception, unforeseen)
 

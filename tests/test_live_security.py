@@ -247,6 +247,7 @@ def test_unforeseen_error_says_nothing_of_the_server(server, monkeypatch, caplog
     monkeypatch.setattr(server.studio, "show", fail)
     answer = server.http.get("/api/sessions/x")
     assert answer.status_code == 500 and answer.json() == {"detail": "the server failed; its log says why"}
+    assert answer.headers["connection"] == "close"
 
 
 def test_headers_that_browsers_heed(server):
