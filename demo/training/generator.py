@@ -52,7 +52,7 @@ class Phase:
 
 PHASES = (Phase(0.35, 1, 512, 1), Phase(0.40, 4, 88, 2), Phase(0.25, 7, 48, 2))
 FIRST_BLOCKS = 4  # so many times more clips of one block than of all
-READING = 0.4  # steps of it for each step of the generator's
+READING = 0.1  # steps of it for each step of the generator's; after 80 it tells 99 % of the attributes
 
 
 def new_models(device: str) -> tuple[CausalWan, UMT5EncoderModel]:

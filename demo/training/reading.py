@@ -32,8 +32,7 @@ class Answers(nn.Module):
 
 def train(folder: Path, text: UMT5EncoderModel, words: Captions, *, steps: int, device: str, seed: int = 0,
           captions: int = 32768, batch: int = 512, rate: float = 2e-3) -> None:
-    """Trains `text` in place, on captions of scenes that are not held out; writes `reading.pt`, from which a second call
-    takes the result."""
+    """Trains `text` in place, on captions of scenes that are not held out. Done once, it is only loaded again."""
     torch.manual_seed(seed)
     answers = Answers(text.config.d_model).to(device)
     optimiser = torch.optim.AdamW([*text.parameters(), *answers.parameters()], lr=rate, betas=(0.9, 0.98),
