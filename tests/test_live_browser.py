@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from demo.judge import SHORTEST, Judge
+from demo.world import CHOICES
 from live.limits import Limits
 from live.packets import jpeg
 from pipeline.engine import Engine
@@ -29,6 +31,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-background-networking", "--disable-component-update"]
 PATIENCE = 90  # seconds
 RED, BLUE = "A red ball bounces on a green meadow at noon.", "A blue ball bounces on a green meadow at noon."
+SEA = "A red ball bounces at sea at sunset."
 # Keeps a picture of the canvas for each frame that was on it.
 CAPTURE = """() => {
   const canvas = document.querySelector("#picture");
@@ -126,10 +129,8 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def assert_follows(captured: dict[int, np.ndarray], engine: Engine, seed: int, prompts: list[dict]) -> None:
-    """The pictures on the canvas are those of the prompts, and from the second prompt on not those of the first alone.
+    """The pictures on the canvas are those of the prompts, and from the second prompt on not those of the first."""
 
-    Once the model is trained, a judge of what is to be seen belongs here.
-    """
     def frames(timeline: dict[int, str]) -> np.ndarray:
         session, made, prompt = engine.session(seed), [], ""
         while sum(map(len, made)) <= max(captured):
@@ -149,6 +150,13 @@ def assert_follows(captured: dict[int, np.ndarray], engine: Engine, seed: int, p
             assert distance(picture, other) > distance(picture, expected), index
 
 
+def judged(captured: dict[int, np.ndarray], until: int) -> dict[str, str]:
+    """What the judge sees on the canvas in the second up to frame `until`."""
+    frames = [captured[index] for index in sorted(captured) if until - 16 <= index < until]
+    seen = Judge.load()(torch.from_numpy(np.stack(frames[-SHORTEST:]))[None])
+    return {name: CHOICES[name][int(seen[name])] for name in ("setting", "light")}
+
+
 def test_type_while_it_plays(page, engine, tmp_path):
     one = page()
     one.open()
@@ -159,15 +167,19 @@ def test_type_while_it_plays(page, engine, tmp_path):
     first = one.captured()
     assert len({picture.tobytes() for picture in first.values()}) > 15  # it moves
 
-    one.type(BLUE)
+    one.type(SEA)
     one.wait(lambda: one.tab.get_attribute("#picture", "data-number") == "2", "the first frame under the new prompt")
     one.wait(lambda: "median" in one.text("#f-latency-more"))
     assert float(one.text("#f-latency")) > 0
     made = one.server.state(one.session)
-    one.wait(lambda: one.frame > made["prompts"][1]["frame"] + 12)
-    assert [entry["prompt"] for entry in made["prompts"]] == [RED, BLUE]
+    switch = made["prompts"][1]["frame"]
+    one.wait(lambda: one.frame > switch + 32)
+    assert [entry["prompt"] for entry in made["prompts"]] == [RED, SEA]
     assert one.tab.locator("#prompts li").count() == 2 and one.tab.locator(".track .segment").count() == 2
-    assert_follows(one.captured(), engine, 0, made["prompts"])
+    captured = one.captured()
+    assert_follows(captured, engine, 0, made["prompts"])
+    assert judged(captured, switch) == {"setting": "meadow", "light": "noon"}
+    assert judged(captured, switch + 33) == {"setting": "sea", "light": "sunset"}
 
     one.tab.keyboard.press("Escape")  # out of the prompt box, then by keys alone
     one.tab.keyboard.press("Space")
