@@ -98,21 +98,34 @@ def test_nothing_is_counted_where_the_cache_grows_for_ever():
 @torch.inference_mode()
 def test_operations_can_be_done(operations):
     for operation in {op for counts in operations.values() for op in counts}:
-        with FlopCounterMode(display=False) as counter:
-            operation.bind(lambda *sizes: torch.randn(sizes, dtype=torch.bfloat16, device="meta"))()
-        assert counter.get_total_flops() == operation.flops, operation
+        ways = operation.bind(lambda *sizes: torch.randn(sizes, dtype=torch.bfloat16, device="meta"))
+        for way, call in ways.items():
+            with FlopCounterMode(display=False) as counter:
+                call()
+            assert counter.get_total_flops() == operation.flops, (operation, way)
+
+
+@torch.inference_mode()
+def test_every_way_of_a_convolution_gives_the_same():
+    ways = Conv((1, 5, 6, 8, 7), (4, 5, 3, 3, 3), (1, 1, 1), (0, 1, 1)).bind(torch.randn)
+    assert len(ways) == 3
+    expected = ways.pop("conv3d")()[0]  # [T, H, W, C]
+    for call in ways.values():
+        torch.testing.assert_close(call().permute(0, 2, 3, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_summary_multiplies_calls_and_times():
     product, attend = Gemm(10, 10, 10), Attend(1, 1, 10, 10, 10)
     operations = {"denoise": Counter({product: 4, attend: 2}), "decode": Counter({product: 1})}
-    table = roofline.summary(operations, {product: 0.001, attend: 0.01}, {"denoise": 48.0, "block": 100.0})
+    seconds = {product: {"linear": 0.001}, attend: {"a": 0.02, "b": 0.01}}
+    table = roofline.summary(operations, seconds, {"denoise": 48.0, "block": 100.0})
     assert table["stages"]["denoise"]["ceiling_ms"] == pytest.approx(24)
     assert table["stages"]["denoise"]["fraction"] == pytest.approx(0.5)
     assert table["stages"]["decode"]["fraction"] is None
     assert table["stages"]["block"]["ceiling_ms"] == pytest.approx(25)
     assert table["kinds"]["gemm"]["calls"] == 5
     assert table["kinds"]["gemm"]["tflop_per_s"] == pytest.approx(2000 / 0.001 / 1e12)
+    assert table["operations"][1]["ways"] == {"a": 20, "b": 10} and table["operations"][1]["ms"] == 10
     assert table["operations"][0]["calls"] == {"denoise": 4, "decode": 1}
 
 

@@ -24,6 +24,7 @@ from wan.attention import attention
 from wan.kernels import conv3d
 
 Draw = Callable[..., Tensor]  # sizes → random values on the device and in the dtype that are measured
+Ways = dict[str, Callable[[], Tensor]]  # an operation on random values, in each form in which it could be done
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,9 @@ class Gemm:
     def flops(self) -> int:
         return 2 * self.rows * self.inputs * self.outputs
 
-    def bind(self, draw: Draw) -> Callable[[], Tensor]:
-        """The operation on random values."""
+    def bind(self, draw: Draw) -> Ways:
         x, weight, bias = draw(self.rows, self.inputs), draw(self.outputs, self.inputs), draw(self.outputs)
-        return lambda: F.linear(x, weight, bias)
+        return {"linear": lambda: F.linear(x, weight, bias)}
 
     def __str__(self) -> str:
         return f"{self.rows} × {self.inputs} → {self.outputs}"
@@ -63,10 +63,10 @@ class Attend:
     def flops(self) -> int:
         return 4 * self.batch * self.heads * self.queries * self.keys * self.head_dim
 
-    def bind(self, draw: Draw) -> Callable[[], Tensor]:
+    def bind(self, draw: Draw) -> Ways:
         q, k, v = (draw(self.batch, tokens, self.heads, self.head_dim) for tokens in (self.queries, self.keys,
                                                                                       self.keys))
-        return lambda: attention(q, k, v)
+        return {"attention": lambda: attention(q, k, v)}
 
     def __str__(self) -> str:
         return f"{self.queries} × {self.keys}, {self.batch * self.heads} heads of {self.head_dim}"
@@ -88,16 +88,40 @@ class Conv:
         positions = math.prod((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in sizes)
         return 2 * self.inputs[0] * positions * math.prod(self.weight)
 
-    def bind(self, draw: Draw) -> Callable[[], Tensor]:
+    def bind(self, draw: Draw) -> Ways:
         """Channels-last: the form in which convolutions are fastest."""
         form = torch.channels_last if len(self.stride) == 2 else torch.channels_last_3d
         x, weight = (draw(*shape).contiguous(memory_format=form) for shape in (self.inputs, self.weight))
         if len(self.stride) == 2:
-            return lambda: F.conv2d(x, weight, None, self.stride, self.padding)
-        if set(self.stride) == {1}:
-            last = x.permute(0, 2, 3, 4, 1)
-            return lambda: conv3d(last, weight, None)
-        return lambda: F.conv3d(x, weight, None, self.stride, self.padding)
+            return {"conv2d": lambda: F.conv2d(x, weight, None, self.stride, self.padding)}
+        if set(self.stride) != {1}:
+            return {"conv3d": lambda: F.conv3d(x, weight, None, self.stride, self.padding)}
+        last = x.permute(0, 2, 3, 4, 1)
+        ways = {"conv3d": lambda: conv3d(last, weight, None)}
+        if weight.shape[2] > 1 and self.padding[0] == 0:
+            ways |= self._over_images(x, weight)
+        return ways
+
+    def _over_images(self, x: Tensor, weight: Tensor) -> Ways:
+        """The same over images alone: of frames that lie in each other's channels, and as a sum, a term for each frame
+        that a filter sees. The first leaves out what it takes to put them there."""
+        taps = weight.shape[2]
+        frames = x.shape[2] - taps + 1
+        images = x.transpose(1, 2)  # [B, T, C, H, W]
+        stacked = torch.cat([images[:, i:i + frames] for i in range(taps)], 2).flatten(0, 1)
+        stacked = stacked.contiguous(memory_format=torch.channels_last)
+        filters = [part.contiguous(memory_format=torch.channels_last) for part in weight.unbind(2)]
+        wide = torch.cat(filters, 1).contiguous(memory_format=torch.channels_last)
+        parts = [images[:, i:i + frames].flatten(0, 1) for i in range(taps)]
+
+        def summed() -> Tensor:
+            y = F.conv2d(parts[0], filters[0], None, 1, self.padding[1:])
+            for part, one in zip(parts[1:], filters[1:], strict=True):
+                y += F.conv2d(part, one, None, 1, self.padding[1:])
+            return y
+
+        return {"conv2d of stacked frames": lambda: F.conv2d(stacked, wide, None, 1, self.padding[1:]),
+                "sum of conv2d": summed}
 
     def __str__(self) -> str:
         kernel, sizes = ("×".join(map(str, axes)) for axes in (self.weight[2:], self.inputs[2:]))
