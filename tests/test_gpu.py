@@ -88,6 +88,16 @@ def test_twice(dtype, shape):
     assert torch.equal(kernels.twice(x), kernels.twice_plain(x))
 
 
+@DTYPES
+@pytest.mark.parametrize("shape,out", [((4, 60, 104, 384), 192), ((2, 5, 7, 24), 6), ((1, 3, 1500, 4), 4)])
+def test_convolution_of_twice(dtype, shape, out, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    x, weight, bias = draw(*shape, dtype=dtype), draw(out, shape[-1], 3, 3, dtype=dtype), draw(out, dtype=dtype)
+    got = kernels.conv2d_of_twice(x, weight, bias)
+    expected = kernels.conv2d_of_twice_plain(x.double(), weight.double(), bias.double())
+    assert relative(got, expected) < TOLERANCE[dtype]
+
+
 def test_zeros_stay_zeros():
     x, gamma = torch.zeros(1, 2, 3, 3, 16, device="cuda"), draw(16)
     out = torch.full_like(x, 7)

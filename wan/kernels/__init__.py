@@ -130,11 +130,35 @@ def twice_plain(x: Tensor) -> Tensor:
 
 
 def conv2d_of_twice(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolution of `twice(x)`, padded with zeros. x [N, H, W, C], contiguous; weight [C', C, 3, 3]
+    """Convolution of `twice(x)`, padded with zeros. x [N, H, W, C], contiguous; weight [C', C, 3, 3], bias [C']
     → [N, 2H, 2W, C']."""
+    if _fused(x, weight, bias):
+        from wan.kernels import triton_vae
+
+        return triton_vae.interleave(folded_conv2d(x, weight), bias)
     if _on_cpu(x, weight, bias):
-        return cpu.conv2d_of_twice(x, weight, bias)
+        return cpu.interleave(folded_conv2d(x, weight), bias)
     return conv2d_of_twice_plain(x, weight, bias)
+
+
+def folded_conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """The products of `conv2d_of_twice`. Of the three rows of `twice(x)` that a kernel covers two are the same row of
+    x, and likewise columns. So 4 products take the place of 9: a kernel 2 wide on x for each of the four pixels that a
+    pixel becomes, and the large frame is never stored. (A transposed convolution does it too, but oneDNN's depends on
+    the number of threads.)
+
+    x [N, H, W, C], weight [C', C, 3, 3] → [N, H+1, W+1, 4·C']: pixel (2i+a, 2j+b) of the result is the part 2a+b of
+    entry (i+a, j+b).
+    """
+    kernels = _fold(_fold(weight.float(), -2), -1).transpose(0, 1).flatten(0, 2).to(weight.dtype)
+    kernels = kernels.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x.permute(0, 3, 1, 2), kernels, padding=1).permute(0, 2, 3, 1)
+
+
+def _fold(weight: Tensor, axis: int) -> Tensor:
+    """[..., 3, ...] → [2, ..., 2, ...]: what the even and the odd pixels see of an axis."""
+    first, middle, last = weight.unbind(axis)
+    return torch.stack([torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)])
 
 
 def conv2d_of_twice_plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -42,17 +42,11 @@ def _add_tiled(x: Tensor, bias: Tensor) -> Tensor:
     return x.flatten(-2).add_(bias.repeat(x.shape[-2])).view(x.shape)
 
 
-def conv2d_of_twice(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Of the three rows of `twice(x)` that a kernel covers two are the same row of x, and likewise columns. So 4
-    products take the place of 9: a kernel 2 wide on x for each of the four pixels that a pixel becomes, and the large
-    frame is never stored. (A transposed convolution does it too, but oneDNN's depends on the number of threads.)"""
-    n, height, width, _ = x.shape
-    rows = weight.new_tensor([[[1, 0], [0, 1], [0, 1]], [[1, 0], [1, 0], [0, 1]]])  # [even or odd, of 3, of 2]
-    kernels = torch.einsum("aip,ocij,bjq->abocpq", rows, weight, rows).flatten(0, 2)
-    y = F.conv2d(x.permute(0, 3, 1, 2), kernels, bias.repeat(4), padding=1).permute(0, 2, 3, 1)
-    y = y.unflatten(-1, (2, 2, -1))
-    out = x.new_empty(n, height, 2, width, 2, len(weight))
+def interleave(parts: Tensor, bias: Tensor) -> Tensor:
+    n, height, width = parts.shape[0], parts.shape[1] - 1, parts.shape[2] - 1
+    parts = parts.unflatten(-1, (2, 2, -1))
+    out = parts.new_empty(n, height, 2, width, 2, len(bias))
     for a in (0, 1):
         for b in (0, 1):
-            out[:, :, a, :, b] = y[:, a : a + height, b : b + width, a, b]
+            torch.add(parts[:, a : a + height, b : b + width, a, b], bias, out=out[:, :, a, :, b])
     return out.view(n, 2 * height, 2 * width, -1)

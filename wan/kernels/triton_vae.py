@@ -48,6 +48,22 @@ def _twice(x, out, width, C: tl.constexpr, BLOCK_C: tl.constexpr, PIXELS: tl.con
             tl.store(out + to, value, mask)
 
 
+@triton.jit
+def _interleave(parts, bias, out, height, width, C: tl.constexpr, BLOCK_C: tl.constexpr, PIXELS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # of half the size, over all frames
+    frame, y = row // height, row % height
+    x = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.arange(0, BLOCK_C)
+    mask = (x < width)[:, None] & (channel < C)[None, :]
+    added = tl.load(bias + channel, channel < C, other=0.0).to(tl.float32)[None, :]
+    for a in tl.static_range(2):
+        for b in tl.static_range(2):
+            entry = (frame * (height + 1) + y + a) * (width + 1) + x + b
+            value = tl.load(parts + entry[:, None] * (4 * C) + (2 * a + b) * C + channel[None, :], mask).to(tl.float32)
+            to = ((2 * row + a) * 2 * width + 2 * x + b)[:, None] * C + channel[None, :]
+            tl.store(out + to, (value + added).to(out.dtype.element_ty), mask)
+
+
 def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> None:
     channels = x.shape[-1]
     block = triton.next_power_of_2(channels)
@@ -73,6 +89,18 @@ def twice(x: Tensor) -> Tensor:
     block = triton.next_power_of_2(channels)
     pixels = max(1, ELEMENTS // block)
     _twice[(n * height, triton.cdiv(width, pixels))](x, out, width, C=channels, BLOCK_C=block, PIXELS=pixels)
+    return out
+
+
+def interleave(parts: Tensor, bias: Tensor) -> Tensor:
+    """The last step of `conv2d_of_twice`: parts [N, H+1, W+1, 4·C] of `folded_conv2d` → [N, 2H, 2W, C]."""
+    parts, (n, height, width, _) = _contiguous(parts), parts.shape
+    height, width, channels = height - 1, width - 1, len(bias)
+    out = parts.new_empty(n, 2 * height, 2 * width, channels)
+    block = triton.next_power_of_2(channels)
+    pixels = max(1, ELEMENTS // block)
+    _interleave[(n * height, triton.cdiv(width, pixels))](parts, bias, out, height, width, C=channels, BLOCK_C=block,
+                                                          PIXELS=pixels)
     return out
 
 
