@@ -1,0 +1,70 @@
+"""The small model that comes with this repository: its videos show what their prompts say. Seeds are fixed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from demo.judge import SHORTEST, Judge
+from demo.world import CHOICES
+from pipeline.engine import Engine
+from pipeline.session import Session
+from utils.config import load_config
+
+SHOWN = ("setting", "light")  # what the model has learned to show
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.from_config(load_config("configs/demo.yaml", ["device=cpu"]))
+
+
+def look(frames: Tensor) -> tuple[str, ...]:
+    """What the judge sees in the latest frames, uint8 [T, H, W, 3]."""
+    seen = Judge.load()(frames[None, -SHORTEST:])
+    return tuple(CHOICES[name][int(seen[name])] for name in SHOWN)
+
+
+def blocks(session: Session, count: int) -> Tensor:
+    return torch.cat([session.step() for _ in range(count)])
+
+
+@pytest.mark.parametrize("prompt,expected", [
+    ("A green cube spins on a meadow at noon.", ("meadow", "noon")),
+    ("During a downpour a white fish hops in front of tall buildings. A static shot.", ("city", "rain")),
+    ("At sea at sunset: a purple bird, drifting to the left.", ("sea", "sunset")),
+    ("In the forest, a blue balloon rises by night.", ("forest", "night")),
+])
+def test_video_shows_its_prompt(engine, prompt, expected):
+    session = engine.session(seed=1)
+    session.set_prompt(prompt)
+    frames = blocks(session, 3)
+    assert look(frames) == expected
+    assert (frames[1:].int() - frames[:-1].int()).abs().amax((1, 2, 3)).min() > 0  # no frame is the one before again
+
+
+def test_video_follows_a_new_prompt_and_only_it(engine):
+    session, other = engine.session(seed=2), engine.session(seed=2)
+    for one in (session, other):
+        one.set_prompt("A red boat sways at sea at noon.")
+    before = blocks(session, 3)
+    assert look(before) == ("sea", "noon") and torch.equal(blocks(other, 3), before)
+    session.set_prompt("A red boat sways at sea at night.")
+    after = blocks(session, 3)  # 2.25 s
+    assert look(after) == ("sea", "night")
+    assert look(blocks(other, 3)) == ("sea", "noon")
+    cut = (after[0].int() - before[-1].int()).abs().float().mean()
+    assert cut < 12  # of 255: the light changes in time, not from one frame to the next
+
+
+@pytest.mark.parametrize("prompt", [
+    "", "qwrtz uiop !!! 12345 \u2603 \u0000", "ein rotes Schiff auf dem Meer bei Nacht", "夜の海に浮かぶ赤い船",
+    "a very long story " * 125, "a spreadsheet of quarterly earnings",
+], ids=["empty", "nonsense", "German", "Japanese", "500 words", "elsewhere"])
+def test_any_prompt_makes_a_video(engine, prompt):
+    session = engine.session(seed=3)
+    session.set_prompt(prompt)
+    frames = blocks(session, 2).float()
+    assert frames.shape == (21, 112, 192, 3)
+    assert frames.std() > 10  # a picture, not a plain colour
+    assert (frames[1:] - frames[:-1]).abs().mean((1, 2, 3)).max() < 25  # of 255, and not noise
+
