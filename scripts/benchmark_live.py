@@ -5,6 +5,9 @@ needed). Clients play at the video's own pace, as the page does, and send prompt
 
 - prompt to picture: from a prompt's sending to the moment its first frame is due on the screen
 - prompt to socket: from a prompt's sending to its first frame's arrival
+
+With --minutes the clients watch for so long, and it is also reported how memory went, in even steps, and whether every
+frame that was made is in the recording.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from pathlib import Path
 import httpx
 import torch
 import uvicorn
+from imageio_ffmpeg import count_frames_and_secs
 from websockets.sync.client import connect
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,6 +56,8 @@ class Client:
     fps: int
     prompts: int
     seed: int
+    least_seconds: float = 0.0  # to watch, also when all prompts are sent
+    pause: tuple[float, float] = (0.6, 2.5)  # from one prompt's first picture to the next prompt
     to_picture: list[float] = field(default_factory=list)
     to_socket: list[float] = field(default_factory=list)
     shown: int = 0
@@ -69,7 +75,7 @@ class Client:
         turn, block, due, began, sent, number = 0.0, 12, None, None, None, None
         arrived: dict[int, float] = {}
         ask_at, asked = float("inf"), 0
-        while len(self.to_picture) < self.prompts:
+        while len(self.to_picture) < self.prompts or began is None or time.perf_counter() - began < self.least_seconds:
             now = time.perf_counter()
             if now >= ask_at and sent is None:
                 asked += 1
@@ -89,7 +95,7 @@ class Client:
                 if sent is not None and number is not None and shows >= number:
                     self.to_picture.append(now - sent)
                     self.to_socket.append(arrived[number] - sent)
-                    sent, ask_at = None, now + chance.uniform(0.6, 2.5)
+                    sent, ask_at = None, now + chance.uniform(*self.pause)
             timeout = 0.05 if due is None or not waiting else max(0.0, min(0.05, due - time.perf_counter()))
             try:
                 item = socket.recv(timeout)
@@ -133,6 +139,43 @@ def report(clients: list[Client], engine: Engine, made: float, seconds: float) -
     }
 
 
+class Watch:
+    """Memory of this process over time, MiB, sampled in a thread of its own."""
+
+    def __init__(self, every: float):
+        self.samples: list[float] = []
+        self._every, self._end = every, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._end.wait(self._every):
+            self.samples.append(resident() / 2**20)
+
+    def stop(self) -> list[float]:
+        """Eleven samples, from the first to the last."""
+        self._end.set()
+        self._thread.join()
+        last = len(self.samples) - 1
+        return [round(self.samples[round(i * last / 10)], 1) for i in range(11) if last >= 0]
+
+
+def recorded(http: httpx.Client, session: str, folder: Path) -> dict[str, int]:
+    """Frames of a session that were made, and those in its MP4, counted in what its download gives."""
+    http.patch(f"/api/sessions/{session}", json={"paused": True}).raise_for_status()
+    before = None
+    while (made := http.get(f"/api/sessions/{session}").json()["frames"]) != before:
+        before = made
+        time.sleep(2)
+    path = folder / f"downloaded-{session}.mp4"
+    with http.stream("GET", f"/api/sessions/{session}/video.mp4") as answer:
+        answer.raise_for_status()
+        with path.open("wb") as file:
+            for part in answer.iter_bytes():
+                file.write(part)
+    return {"made": made, "recorded": count_frames_and_secs(str(path))[0]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides, such as height=720")
@@ -140,6 +183,7 @@ def main() -> None:
     parser.add_argument("--random", choices=SIZES, help="random weights of these shapes, not the config's model")
     parser.add_argument("--prompts", type=int, default=50, help="prompts of each session")
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 3], help="sessions at a time, a run each")
+    parser.add_argument("--minutes", type=float, default=0, help="watch at least so long, with a prompt every 10 s")
     parser.add_argument("--lead", type=float, default=Limits.lead_seconds, help="seconds made before they are needed")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
@@ -166,15 +210,20 @@ def main() -> None:
         for count in args.sessions:
             sessions = [http.post("/api/sessions", json={"prompt": "a red ball", "seed": i}).json()["id"]
                         for i in range(count)]
-            clients = [Client(host, one, config.fps, args.prompts, i) for i, one in enumerate(sessions)]
+            clients = [Client(host, one, config.fps, args.prompts, i, 60 * args.minutes,
+                              *[(8.0, 12.0)] * bool(args.minutes)) for i, one in enumerate(sessions)]
             threads = [threading.Thread(target=client.run) for client in clients]
             before, start = studio.metrics.frames.value, time.perf_counter()
+            watch = Watch(every=max(1.0, 0.3 * args.minutes))
             for one in threads:
                 one.start()
             for one in threads:
                 one.join()
             seconds = time.perf_counter() - start
             results.append(report(clients, engine, studio.metrics.frames.value - before, seconds))
+            results[-1]["host_mib_over_time"] = watch.stop()
+            if args.minutes:
+                results[-1]["frames"] = [recorded(http, one, folder) for one in sessions]
             print("\n".join(f"{key:28}{value}" for key, value in results[-1].items()) + "\n", flush=True)
             for one in sessions:
                 http.delete(f"/api/sessions/{one}")
