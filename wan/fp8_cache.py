@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from wan.kernels import rms_rope
 from wan.kernels.fp8 import E4M3, Held, less_mean, scale_of, write_keys, write_values
 from wan.kv_cache import KVCache
+from wan.rope import frame_pairs
 
 HEADROOM = 16  # how much larger than the first block's a value may be; four of e4m3's fifteen doublings
 ALIGNMENT = 16  # bytes; GPUs copy tiles only of rows that begin at multiples of it
@@ -18,7 +19,7 @@ class QuantisedKVCache(KVCache):
     softmax does not see what all keys have in common, and without it they are rounded less (SageAttention,
     arXiv:2410.02367). The first block that is written fixes them, until everything is forgotten; so all keys that a
     query meets lack the same vector, which makes this exact in any order of blocks, and is why it need not be the mean
-    of later ones.
+    of later ones. Channels that turn with the frame keep theirs, which would soon point elsewhere.
     """
 
     value_axis = 3
@@ -59,6 +60,7 @@ class QuantisedKVCache(KVCache):
         """Takes from unrounded k and v [B, S, H, D] what is to be known of them."""
         if layer not in self._fixed:
             mean = k.float().mean(1)
+            mean[..., : 2 * frame_pairs(k.shape[-1])] = 0
             scales = (scale_of(x, (1, 3), HEADROOM)[:, 0, :, 0] for x in (k.float() - mean[:, None], v))
             self._fixed[layer] = (mean, *scales)
         if count := self._sink_tokens():

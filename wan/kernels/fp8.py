@@ -16,6 +16,7 @@ from wan.kernels import modulate_plain, rms_rope_plain
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448; beyond it a cast gives NaN
+HEAD_DIMS = (64, 128)  # of `attention` on a GPU
 LEAST = 1e-12  # of what a scale is made of, so that a row of zeros has one
 
 
@@ -139,7 +140,7 @@ def write_values(x: Tensor, scale: Tensor, out: Tensor) -> None:
 
 
 def attention(q: Rows, held: Held, dtype: torch.dtype) -> Tensor:
-    """softmax(q·kᵀ/√D)·v without a mask. q [B, Sq, H, D] → [B, Sq, H, D]. On a GPU D must be 64 or 128."""
+    """softmax(q·kᵀ/√D)·v without a mask. q [B, Sq, H, D] → [B, Sq, H, D]. On a GPU D must be in HEAD_DIMS."""
     if q.values.is_cuda:
         from wan.kernels import triton_fp8_attention
 
