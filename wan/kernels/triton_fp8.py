@@ -1,5 +1,7 @@
 """Triton versions of the element-wise parts of FP8; the plain ones are in `wan.kernels.fp8`."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -64,7 +66,7 @@ def _rms_rope(x, weight, turns, token, channel, mask, eps, DIM: tl.constexpr, BL
     return tl.reshape(tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos), [BLOCK])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rms_rope_quantise(x, weight, turns, out, scales, tokens, row_stride, eps, least, DIM: tl.constexpr,
                        BLOCK: tl.constexpr, D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -79,7 +81,7 @@ def _rms_rope_quantise(x, weight, turns, out, scales, tokens, row_stride, eps, l
     tl.store(out + row * DIM + channel, _to_e4m3(value), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _write_keys(x, weight, turns, mean, scale, out, tokens, row_stride, sample_stride, eps, DIM: tl.constexpr,
                 BLOCK: tl.constexpr, D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -92,17 +94,20 @@ def _write_keys(x, weight, turns, mean, scale, out, tokens, row_stride, sample_s
     tl.store(out + sample * sample_stride + token * DIM + channel, _to_e4m3(value), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["out"])
 def _write_values(x, scale, out, tokens, sample_stride, token_stride, out_sample_stride, out_row_stride,
-                  H: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr):
+                  H: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, ALIGNED: tl.constexpr):
+    """ALIGNED: what divides `tokens` and all that `out` begins at; so many tokens are stored at once."""
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, D)
     places = token[:, None].to(tl.int64) * token_stride + head * D + channel[None, :]
     value = tl.load(x + sample * sample_stride + places, (token < tokens)[:, None], other=0.0).to(tl.float32)
     value = tl.trans(value / tl.load(scale + sample * H + head))
-    places = (head * D + channel).to(tl.int64)[:, None] * out_row_stride + token[None, :]
-    tl.store(out + sample * out_sample_stride + places, _to_e4m3(value), (token < tokens)[None, :])
+    places = (head * D + channel).to(tl.int64)[:, None] * tl.multiple_of(out_row_stride, ALIGNED) + token[None, :]
+    start = tl.multiple_of(out + sample * out_sample_stride, ALIGNED)
+    inside = tl.max_constancy(token < tokens, ALIGNED)
+    tl.store(start + places, _to_e4m3(value), inside[None, :])
 
 
 def _row_sizes(dim: int) -> dict[str, int]:
@@ -153,7 +158,7 @@ def write_values(x: Tensor, scale: Tensor, out: Tensor) -> None:
         raise ValueError(f"values of strides {x.stride()} do not go to {out.stride()}")
     _write_values[(triton.cdiv(tokens, TOKENS), heads, batch)](
         x, scale, out, tokens, x.stride(0), x.stride(1), out.stride(0), out.stride(2), H=heads, D=head_dim,
-        TOKENS=TOKENS,
+        TOKENS=TOKENS, ALIGNED=math.gcd(out.data_ptr(), out.stride(0), out.stride(2), tokens, 8),
     )
 
 
