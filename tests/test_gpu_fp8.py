@@ -23,6 +23,7 @@ OLD = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(OLD, reason="no CUDA GPU of compute capability 8.9")]
 
 ROUNDING = 4e-3  # of a result in bfloat16, and of values on the border between two numbers of e4m3
+FAST_SUMS = 2e-2  # of `use_fast_accum`: Hopper adds up thousands of products in about 14 bits
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 
 
@@ -76,7 +77,7 @@ def test_modulate(dtype, batch, frames, tokens, dim):
 def test_linear(rows, inputs, outputs):
     x, weight = fp8.quantise(draw(1, rows, inputs)), fp8.quantise(draw(outputs, inputs))
     bias = torch.randn(outputs, device=CUDA).bfloat16()
-    assert relative(fp8.linear(x, weight, bias), fp8.linear_plain(x, weight, bias.float())) < ROUNDING
+    assert relative(fp8.linear(x, weight, bias), fp8.linear_plain(x, weight, bias.float())) < FAST_SUMS
 
 
 @DTYPES
