@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.loading import BaseModel, load_decoder, load_generator, load_text_encoder
 from pipeline.noise import NoiseSource
+from pipeline.precision import check_precision, in_precision
 from pipeline.session import Session
 from utils.config import Config, load_config
 from utils.device import keep_freed_memory, memory_free, pick_device, pick_dtype, same_on_any_thread_count
@@ -27,8 +28,8 @@ HEADROOM = 1 << 30  # bytes of GPU memory left free beside the text encoder, for
 class Engine:
     """The weights: generator, decoder, text encoder. Makes Sessions, each of which is one video.
 
-    The generator and the decoder go to the device with the first session; the text encoder is loaded when a prompt
-    first needs it, and leaves with `release_text_encoder`.
+    The generator and the decoder go to the device with the first session, blocks in FP8 when they are made; the text
+    encoder is loaded when a prompt first needs it, and leaves with `release_text_encoder`.
     """
 
     def __init__(self, config: Config, generator: CausalWan, decoder: WanVAE | TinyDecoder,
@@ -55,9 +56,10 @@ class Engine:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dtype = pick_dtype(config.dtype, device)
+        check_precision(config.precision, device)  # before anything large is read
         base = BaseModel(config)
         progress("generator")
-        generator = load_generator(config, base, dtype)
+        generator = in_precision(load_generator(config, base, dtype), config.precision, device)
         progress("decoder")
         decoder = load_decoder(config, base, dtype)
         return cls(config, generator, decoder,

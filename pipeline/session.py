@@ -9,7 +9,6 @@ from utils.config import Config
 from utils.device import download, upload
 from utils.timing import Stopwatch
 from wan.geometry import PIXELS
-from wan.kv_cache import KVCache
 from wan.model import CausalWan
 from wan.rope import RotaryEmbedding
 
@@ -38,7 +37,7 @@ class Session:
         _, ph, pw = generator.config.patch_size
         rows, columns = config.height // PIXELS // ph, config.width // PIXELS // pw
         self.rope = RotaryEmbedding(generator.config.head_dim, rows, columns, self.device)
-        self.cache = KVCache(
+        self.cache = generator.cache_type(
             layers=generator.config.num_layers, batch=noise.batch, tokens=rows * columns,
             heads=generator.config.num_heads, head_dim=generator.config.head_dim, window=config.window,
             sink=config.model_kwargs.sink_size, dtype=weight.dtype, device=self.device,

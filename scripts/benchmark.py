@@ -28,7 +28,8 @@ from utils.config import Config, load_config
 from utils.device import pick_dtype
 
 # What each choice says in the config.
-PRECISIONS = {"auto": [], "bf16": ["dtype=bfloat16"], "fp16": ["dtype=float16"], "fp32": ["dtype=float32"]}
+PRECISIONS = {"auto": [], "bf16": ["dtype=bfloat16"], "fp16": ["dtype=float16"], "fp32": ["dtype=float32"],
+              "fp8": ["precision=fp8"]}
 DECODERS = {"wan": ["vae=wan"], "taehv": ["vae=taehv", "vae_ckpt=random"]}
 RESOLUTIONS = {"full": [], "toy": ["height=112", "width=192"]}
 BUSY_BLOCKS = 5

@@ -175,6 +175,7 @@ OUT_OF_RANGE = [
     ("width=8", ["width=8", "use 16 or 32"]),
     ("width=0", ["width=0", "use 16 or 32"]),
     ("dtype=float64", ["dtype=float64", "auto, bfloat16, float16, float32"]),
+    ("precision=fp4", ["precision=fp4", "full or fp8"]),
     ("text_encoder_dtype=auto", ["text_encoder_dtype=auto", "bfloat16, float16, float32"]),
     ("vae=tae", ["vae=tae", "wan or taehv"]),
     ("vae=taehv", ["vae_ckpt", "taew2_1.pth"]),
@@ -229,7 +230,8 @@ CHANGED = {
     "generator_ckpt": "other.pt", "lora_ckpt": "other.pt", "adapter.rank": 8, "adapter.alpha": 8.0,
     "adapter.dropout": 0.5, "adapter.dtype": "float32", "adapter.verbose": True, "wan_folder": "other", "height": 240,
     "width": 416, "fps": 8, "device": "cpu", "dtype": "float32", "text_encoder_device": "cpu",
-    "text_encoder_dtype": "float32", "vae": "taehv", "vae_ckpt": "vae.pth", "cache_merged": False, "crf": 30,
+    "text_encoder_dtype": "float32", "precision": "fp8", "vae": "taehv", "vae_ckpt": "vae.pth", "cache_merged": False,
+    "crf": 30,
 }
 SAME_VIDEO = {
     "data_path", "output_folder", "inference_iter", "num_output_frames", "seed", "num_samples", "save_with_index",
@@ -254,6 +256,18 @@ def test_every_key_is_tried():
 @pytest.mark.parametrize("key", CHANGED)
 def test_identity_holds_what_decides_the_look_and_nothing_else(key):
     assert (changed(LONGLIVE, key).identity() == LONGLIVE.identity()) == (key in SAME_VIDEO)
+
+
+def test_full_precision_goes_without_saying():
+    """So that a video from before the key is still the one that is asked for."""
+    assert "precision" not in Config().identity() and Config(precision="fp8").identity()["precision"] == "fp8"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_fp8_computes_the_rest_in_bfloat16(dtype):
+    load_config(overrides=["precision=fp8", "dtype=bfloat16"])
+    with pytest.raises(UserError, match=f"^dtype={dtype} must be auto or bfloat16 where precision is fp8$"):
+        load_config(overrides=["precision=fp8", f"dtype={dtype}"])
 
 
 @pytest.mark.parametrize("more", [{"weight": 0.5}, {"rank": 8}, {"alpha": 8}])

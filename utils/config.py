@@ -83,6 +83,7 @@ class Config:
     fps: int = 16
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # of generator and VAE. auto: bfloat16 on a GPU, float32 on a CPU
+    precision: str = "full"  # of the generator's blocks and K/V cache. full: dtype; fp8: e4m3, where the GPU has it
     text_encoder_device: str = "auto"  # auto: the GPU if the text encoder fits there, else the CPU
     text_encoder_dtype: str = "bfloat16"
     vae: str = "wan"  # wan, or taehv: the tiny decoder
@@ -109,6 +110,8 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The settings that decide what a video looks like."""
         kept = {key: value for key, value in self.to_dict().items() if key not in PLACEMENT}
+        if self.precision == "full":  # which goes without saying: older videos do not say it
+            del kept["precision"]
         return kept | {"lora_ckpt": [dataclasses.asdict(lora) for lora in self.loras]}
 
     def __post_init__(self):
@@ -234,6 +237,9 @@ def _check_values(c: Config) -> None:
         need(side >= 2 * PIXELS and side % (2 * PIXELS) == 0, key, side,
              f"a multiple of {2 * PIXELS}; use {low} or {low + 2 * PIXELS}")
     need(c.dtype in ["auto", *DTYPES], "dtype", c.dtype, f"one of auto, {', '.join(DTYPES)}")
+    need(c.precision in ("full", "fp8"), "precision", c.precision, "full or fp8")
+    need(c.precision == "full" or c.dtype in ("auto", "bfloat16"), "dtype", c.dtype,
+         "auto or bfloat16 where precision is fp8")
     need(c.text_encoder_dtype in DTYPES, "text_encoder_dtype", c.text_encoder_dtype, f"one of {', '.join(DTYPES)}")
     need(c.vae in ("wan", "taehv"), "vae", c.vae, "wan or taehv")
     need(c.vae == "wan" or c.vae_ckpt is not None, "vae_ckpt", c.vae_ckpt,

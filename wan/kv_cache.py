@@ -15,6 +15,8 @@ class KVCache:
     before the window gives the same attention as re-numbering every slot, and costs `sink` latents a block.
     """
 
+    value_axis = 1  # the axis of `values` that slots follow each other on
+
     def __init__(self, *, layers: int, batch: int, tokens: int, heads: int, head_dim: int, window: int | None,
                  sink: int, dtype: torch.dtype, device, rope: RotaryEmbedding | None = None):
         if window is not None and not 0 <= sink < window:
@@ -24,9 +26,12 @@ class KVCache:
         self._turned = 0  # how far the sink's keys are turned from their absolute positions
         self._sink_keys: list[Tensor] | None = None  # the sink's keys at their absolute positions
         self._block = slice(0, 0)
-        shape = (batch, (window or 0) * tokens, heads, head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        shape = [batch, heads, head_dim]
+        self.keys, self.values = (
+            [torch.empty([*shape[:axis], 0, *shape[axis:]], dtype=dtype, device=device) for _ in range(layers)]
+            for axis in (1, self.value_axis)
+        )
+        self._reserve(window or 0)
 
     def begin(self, position: int, frames: int) -> None:
         """Picks the slots of the next `frames` latents, the first of which is latent `position` of the video.
@@ -67,12 +72,15 @@ class KVCache:
     def _reserve(self, latents: int) -> None:
         """Makes room for `latents` slots, doubling so that a growing video copies each entry about once."""
         have = self.keys[0].shape[1] // self.tokens
-        if latents <= have:
-            return
-        more = (max(latents, 2 * have) - have) * self.tokens
-        for store in (self.keys, self.values):
+        if latents > have:
+            self._grow((max(latents, 2 * have) - have) * self.tokens)
+
+    def _grow(self, tokens: int) -> None:
+        """Makes room for `tokens` more."""
+        for store, axis in ((self.keys, 1), (self.values, self.value_axis)):
             for layer, old in enumerate(store):
-                store[layer] = torch.cat([old, old.new_empty(old.shape[0], more, *old.shape[2:])], 1)
+                more = old.new_empty([*old.shape[:axis], tokens, *old.shape[axis + 1:]])
+                store[layer] = torch.cat([old, more], axis)
 
     def _turn_sink(self) -> None:
         """Turns the sink's keys so that the sink ends where the rest of the window begins."""
@@ -84,6 +92,9 @@ class KVCache:
         if self._sink_keys is None:
             self._sink_keys = [keys[:, :end].clone() for keys in self.keys]
         shift = self.rope.shift(turn)
-        for keys, sink_keys in zip(self.keys, self._sink_keys, strict=True):
-            keys[:, :end] = rotate(sink_keys, shift)
+        for layer, sink_keys in enumerate(self._sink_keys):
+            self._write_sink(layer, rotate(sink_keys, shift))
         self._turned = turn
+
+    def _write_sink(self, layer: int, keys: Tensor) -> None:
+        self.keys[layer][:, : keys.shape[1]] = keys

@@ -132,6 +132,8 @@ class CausalWan(nn.Module):
     Parameters have Wan's native names, so released checkpoints load as they are.
     """
 
+    cache_type: type[KVCache] = KVCache  # of the cache that it is run over
+
     def __init__(self, config: WanConfig):
         super().__init__()
         self.config = config

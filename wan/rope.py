@@ -9,6 +9,11 @@ def _angular_speeds(pairs: int, device) -> Tensor:
     return 10000.0 ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
 
 
+def frame_pairs(head_dim: int) -> int:
+    """How many of a head's pairs turn with the frame; they come first, those of row and column share the others."""
+    return head_dim // 2 - 2 * (head_dim // 2 // 3)
+
+
 class RotaryEmbedding:
     """Turns for the tokens of one video: adjacent pairs of a head's channels are complex numbers that turn with the
     token's frame, row and column.
@@ -17,10 +22,8 @@ class RotaryEmbedding:
     """
 
     def __init__(self, head_dim: int, rows: int, columns: int, device):
-        pairs = head_dim // 2
-        spatial = pairs // 3
-        self.frame_speeds = _angular_speeds(pairs - 2 * spatial, device)
-        speeds = _angular_speeds(spatial, device)
+        self.frame_speeds = _angular_speeds(frame_pairs(head_dim), device)
+        speeds = _angular_speeds(head_dim // 2 // 3, device)
         row = torch.outer(torch.arange(rows, dtype=torch.float64, device=device), speeds)
         column = torch.outer(torch.arange(columns, dtype=torch.float64, device=device), speeds)
         self.spatial = torch.cat([row[:, None].expand(-1, columns, -1), column.expand(rows, -1, -1)], -1).flatten(0, 1)

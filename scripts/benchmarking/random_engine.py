@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from demo.random_checkpoint import SIZES, Sizes, randomise
 from pipeline.engine import Engine
+from pipeline.precision import check_precision, in_precision
 from utils.checkpoint import fill
 from utils.config import Config
 from utils.device import keep_freed_memory, pick_device, pick_dtype, same_on_any_thread_count
@@ -66,9 +67,11 @@ def random_engine(config: Config, sizes: Sizes | str) -> Engine:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = pick_dtype(config.dtype, device)
+    check_precision(config.precision, device)
     random = torch.Generator(device).manual_seed(0)
     models = _empty(config, SIZES[sizes] if isinstance(sizes, str) else sizes)
     generator, decoder = (fill(m, randomise(m, str(device), random), "random weights", dtype) for m in models)
+    generator = in_precision(generator, config.precision, device)
     return WeightlessEngine(config, generator, _as_decoder(decoder), device)
 
 

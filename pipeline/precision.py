@@ -1,0 +1,63 @@
+"""`precision` of the config: what the generator computes in, and whether it can here."""
+
+import torch
+
+from utils.errors import UserError
+from wan.fp8 import to_fp8
+from wan.kernels import HAS_TRITON
+from wan.kernels.fp8 import E4M3, HEAD_DIMS
+from wan.model import CausalWan, WanConfig
+
+OLDEST = (8, 9)  # compute capability of the first GPUs that multiply e4m3
+MEND = "use precision=full"
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises UserError where `device` can't compute in `precision`."""
+    if precision == "full":
+        return
+    needs = "precision=fp8 needs an NVIDIA GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell)"
+    if device.type != "cuda":
+        raise UserError(f"{needs}, the device is {device.type}; {MEND}")
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability < OLDEST:
+        raise UserError(f"{needs}, the device is {name}, {'.'.join(map(str, capability))}; {MEND}")
+    if not HAS_TRITON:
+        raise UserError(f"precision=fp8 needs Triton, which is not installed; pip install triton, or {MEND}")
+    try:
+        multiply_once(device)
+    except (RuntimeError, ValueError, AttributeError) as error:  # of a GPU or a PyTorch that has no such product
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"precision=fp8: PyTorch {torch.__version__} does not multiply e4m3 with a scale for each row "
+                        f"on {name} ({reason}); {MEND}") from None
+
+
+def multiply_once(device: torch.device) -> None:
+    """A small product as `wan.kernels.fp8.linear` makes it."""
+    rows, scale = torch.zeros(32, 32, device=device).to(E4M3), torch.ones(32, 1, device=device)
+    bias = torch.zeros(32, device=device, dtype=torch.bfloat16)
+    torch._scaled_mm(rows, rows.t(), scale_a=scale, scale_b=scale.view(1, -1), bias=bias, out_dtype=torch.bfloat16,
+                     use_fast_accum=True)
+    torch.cuda.synchronize(device)
+
+
+def check_sizes(precision: str, sizes: WanConfig) -> None:
+    """Raises UserError for a generator whose sizes `precision` can't do on a GPU."""
+    if precision == "full":
+        return
+    if sizes.head_dim not in HEAD_DIMS:
+        raise UserError(f"precision=fp8 needs heads of {' or '.join(map(str, HEAD_DIMS))} channels, the generator's "
+                        f"have {sizes.head_dim}; {MEND}")
+    for what, size in (("dim", sizes.dim), ("ffn_dim", sizes.ffn_dim)):
+        if size % 16:
+            raise UserError(f"precision=fp8 needs a generator whose {what} is a multiple of 16, it is {size}; {MEND}")
+
+
+def in_precision(model: CausalWan, precision: str, device: torch.device) -> CausalWan:
+    """The model, in FP8 where that is asked for; its blocks are then on `device`.
+
+    Raises UserError where the device can't do it, or not with this model.
+    """
+    check_precision(precision, device)
+    check_sizes(precision, model.config)
+    return to_fp8(model, device) if precision == "fp8" else model

@@ -1,0 +1,395 @@
+"""FP8 by its plain versions, which round where the GPU's do: how far it is from full precision, that its cache is a
+KVCache, and where it is refused. tests/test_gpu_fp8.py holds the GPU's versions against these."""
+
+import copy
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pipeline import precision
+from pipeline.engine import Engine
+from pipeline.precision import check_precision, check_sizes
+from scripts import benchmark, fp8_quality
+from tests.conftest import REPOSITORY, TINY, assert_complains
+from tests.test_kv_cache import LAYERS, Setting, settings_of_a_video
+from utils.cli import guarded
+from utils.config import Config
+from utils.errors import UserError
+from wan import fp8 as modules
+from wan.fp8 import Fp8Linear, to_fp8
+from wan.fp8_cache import QuantisedKVCache
+from wan.kernels import fp8, rms_rope
+from wan.kernels.fp8 import Held, Rows
+from wan.kv_cache import KVCache
+from wan.model import WanConfig
+from wan.rope import RotaryEmbedding, frame_pairs
+
+HALF_STEP = 2**-4  # how far e4m3 rounds, relative to the value; below 2^-6 it rounds to multiples of 2^-9
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def with_outliers(*shape: int, seed: int = 0) -> Tensor:
+    """As activations are: some channels fifty times as large as most, some rows ten times."""
+    channels, rows = draw(shape[-1], seed=seed + 1).mul(1.3).exp(), draw(*shape[:-1], 1, seed=seed + 2).mul(0.7).exp()
+    return draw(*shape, seed=seed) * channels * rows
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def as_float(x: Rows) -> Tensor:
+    return x.values.float() * x.scale
+
+
+def test_no_value_is_rounded_further_than_half_a_step():
+    x = with_outliers(2, 50, 96)
+    x[0, 0] = 0
+    got = fp8.quantise(x)
+    assert got.values.dtype == fp8.E4M3 and got.scale.shape == (2, 50, 1)
+    assert ((as_float(got) - x).abs() <= x.abs() * HALF_STEP * 1.001 + got.scale * 2**-10).all()
+    assert (as_float(got)[0, 0] == 0).all()
+
+
+def test_too_large_a_value_is_the_largest_and_no_nan():
+    assert fp8.to_e4m3(torch.tensor([1e9, -449.0, 448.0])).tolist() == [448, -448, 448]
+    assert fp8.to_e4m3(torch.tensor(math.nan)).isnan()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 768), (96, 32)])
+def test_linear_layer(inputs, outputs):
+    """Weights and activations are each off by 2^-4 at most, 2.6 % as a root of mean squares."""
+    layer, x = nn.Linear(inputs, outputs), with_outliers(2, 40, inputs)
+    layer.weight.data *= with_outliers(outputs, 1).abs()
+    got = Fp8Linear(layer)(x)
+    assert got.dtype == torch.float32 and relative(got, layer(x)) < 0.05
+
+
+def test_layers_of_one_input_side_by_side():
+    layers, x = [nn.Linear(32, 48) for _ in range(3)], draw(2, 5, 32)
+    together = Fp8Linear(*layers)
+    assert torch.equal(together(x), torch.cat([Fp8Linear(layer)(x) for layer in layers], -1))
+    assert torch.equal(together(x, skip=48), together(x)[..., 48:])
+
+
+def test_bias_and_rows_are_in_the_dtype_of_the_layer():
+    layer = nn.Linear(32, 32).bfloat16()
+    assert Fp8Linear(layer)(draw(1, 4, 32).bfloat16()).dtype == torch.bfloat16
+
+
+def test_what_is_fused_with_quantising():
+    x = with_outliers(2, 3, 5, 64)
+    shift, scale = draw(2, 3, 1, 64), draw(2, 3, 1, 64)
+    normed = F.layer_norm(x, (64,), eps=1e-6)
+    assert relative(as_float(fp8.modulate_quantise(x, shift, scale, 1e-6)),
+                    (normed * (1 + scale) + shift).flatten(1, 2)) < 0.03
+    assert relative(as_float(fp8.gelu_quantise(x)), F.gelu(x, approximate="tanh")) < 0.03
+    norm = nn.LayerNorm(64, eps=1e-6)
+    norm.weight.data, norm.bias.data = draw(64), draw(64)
+    got = fp8.modulate_quantise(x, norm.bias[None, None, None], norm.weight[None, None, None] - 1, 1e-6)
+    assert relative(as_float(got), norm(x).flatten(1, 2)) < 0.03
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v [B, S, H, D], in float64."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / math.sqrt(q.shape[-1])
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())
+
+
+def new_cache(kind: type[KVCache] = QuantisedKVCache, **changes) -> KVCache:
+    sizes = {"layers": 1, "batch": 1, "tokens": 20, "heads": 2, "head_dim": 64, "window": 12, "sink": 3,
+             "dtype": torch.float32, "device": "cpu"}
+    return kind(**sizes | changes)
+
+
+@pytest.mark.parametrize("size", [1.0, 4.0])
+def test_attention_to_a_cache_of_keys_with_outliers(size):
+    """size: how sharp the attention is."""
+    cache = new_cache(batch=2)
+    blocks = [(with_outliers(2, 60, 2, 64, seed=i) / 8 + 2 * draw(2, 64), draw(2, 60, 2, 64, seed=7 + i))
+              for i in range(4)]
+    for i, (k, v) in enumerate(blocks):
+        cache.begin(3 * i, 3)
+        held = cache.update(0, k, v)
+    q = draw(2, 60, 2, 64) * size / 2
+    k, v = (torch.cat(parts, 1) for parts in zip(*blocks, strict=True))
+    error = relative(fp8.attention(fp8.quantise(q), held, torch.float32), exact_attention(q, k, v))
+    assert error < 0.06 * size, error
+
+
+def test_what_all_keys_have_in_common_changes_nothing():
+    """The vector that the cache takes from its keys, without any rounding."""
+    q, k, v, common = draw(2, 7, 3, 16), draw(2, 30, 3, 16), draw(2, 30, 3, 16), 5 * draw(2, 3, 16)
+    ones = torch.ones(2, 3)
+    held = Held(k - common[:, None], v.permute(0, 2, 3, 1), ones, ones)
+    got = fp8.attention(Rows(q, torch.ones(1)), held, torch.float32)
+    assert relative(got, fp8.attention(Rows(q, torch.ones(1)), held._replace(keys=k), torch.float32)) < 1e-5
+    assert relative(got, exact_attention(q, k, v)) < 0.04  # weights are rounded
+
+
+def test_keys_less_their_mean_are_rounded_less():
+    common = 30 * draw(2, 64)
+    common[:, : 2 * frame_pairs(64)] = 0  # channels that turn with the frame keep their mean
+    k, v, q = draw(1, 60, 2, 64) + common, draw(1, 60, 2, 64), draw(1, 60, 2, 64)
+    cache = new_cache()
+    cache.begin(0, 3)
+    held = cache.update(0, k, v)
+    plain = held._replace(keys=fp8.to_e4m3(k / held.key_scale[0, :, None]))
+    errors = [relative(fp8.attention(fp8.quantise(q), one, torch.float32), exact_attention(q, k, v))
+              for one in (held, plain)]
+    assert errors[0] < 0.5 * errors[1], errors
+
+
+def held_by(cache: QuantisedKVCache, layer: int, held: Held) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values [B, S, H, D] as they are held, and how far each may be from what was written."""
+    mean, *_ = cache._fixed[layer]
+    key_scale, value_scale = held.key_scale[:, None, :, None], held.value_scale[:, None, :, None]
+    k, v = held.keys.float() * key_scale, held.values.float().permute(0, 3, 1, 2) * value_scale
+    slack = [x.abs() * HALF_STEP * 1.15 + scale * 2**-9 for x, scale in ((k, key_scale), (v, value_scale))]
+    return k + mean[:, None], v, *slack
+
+
+class Pair:
+    """A KVCache and a QuantisedKVCache that are told the same."""
+
+    def __init__(self, setting: Setting, relative: bool):
+        rope = RotaryEmbedding(setting.head_dim, setting.tokens, 1, "cpu") if relative else None
+        sizes = {"layers": LAYERS, "batch": 1, "tokens": setting.tokens, "heads": setting.heads,
+                 "head_dim": setting.head_dim, "window": setting.window, "sink": setting.sink, "device": "cpu"}
+        self.setting = setting
+        self.full = KVCache(dtype=torch.float32, rope=rope, **sizes)
+        self.fp8 = QuantisedKVCache(dtype=torch.float32, rope=rope, **sizes)
+        self.random = torch.Generator().manual_seed(setting.seed)
+
+    def write(self, position: int, frames: int, passes: int) -> None:
+        s = self.setting
+        for cache in (self.full, self.fp8):
+            cache.begin(position, frames)
+        for _ in range(passes):
+            for layer in range(LAYERS):
+                # Of a size between 1 and 2, so that no block is far larger than the first.
+                k, v = (1 + torch.rand(1, frames * s.tokens, s.heads, s.head_dim, generator=self.random)
+                        for _ in range(2))
+                keys, values = self.full.update(layer, k, v)
+                held = self.fp8.update(layer, k, v)
+                got_keys, got_values, keys_slack, values_slack = held_by(self.fp8, layer, held)
+                assert got_keys.shape == keys.shape and ((got_keys - keys).abs() <= keys_slack).all()
+                assert got_values.shape == values.shape and ((got_values - values).abs() <= values_slack).all()
+        assert self.fp8.positions == self.full.positions
+
+    def rewind(self, keep_sink: bool) -> None:
+        for cache in (self.full, self.fp8):
+            cache.rewind(keep_sink)
+
+
+@settings(max_examples=300, deadline=None)
+@given(settings_of_a_video(), st.booleans())
+def test_cache_holds_what_a_kv_cache_holds(setting, relative):
+    pair, position = Pair(setting, relative), 0
+    for switch, passes in zip(setting.switches, setting.passes, strict=True):
+        if switch and position > 0:  # as Session re-caches
+            window = setting.window
+            keep = setting.global_sink and window is not None and position > window
+            frames = min(position, window or position) - (setting.sink if keep else 0)
+            pair.rewind(keep)
+            pair.write(position - frames, frames, 1)
+        pair.write(position, setting.block, passes)
+        position += setting.block
+
+
+def test_turned_sink_is_rounded_once_however_often_it_turns():
+    setting = Setting(3, 9, 3, tokens=2, heads=2, head_dim=12, dtype=torch.float32, switches=(), passes=(),
+                      global_sink=True, seed=0)
+    pair = Pair(setting, relative=True)
+    for block in range(60):
+        pair.write(3 * block, 3, passes=1)
+
+
+@pytest.mark.parametrize("window", [12, None])
+def test_cache_takes_half_the_memory(window):
+    caches = [new_cache(kind, dtype=torch.bfloat16, window=window) for kind in (KVCache, QuantisedKVCache)]
+    for cache in caches:
+        cache.begin(0, 12)
+    sizes = [sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values)) for cache in caches]
+    assert sizes[0] == 2 * sizes[1]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 20])
+@pytest.mark.parametrize("window", [12, None])
+def test_rows_of_values_begin_where_a_gpu_can_copy_them(tokens, window):
+    cache = new_cache(tokens=tokens, window=window)
+    for block in range(4):
+        cache.begin(3 * block, 3)
+        x = draw(1, 3 * tokens, 2, 64)
+        held = cache.update(0, x, x)
+        assert held.values.stride()[-1] == 1 and all(stride % 16 == 0 for stride in held.values.stride()[:-1])
+        assert held.keys.stride()[1:] == (128, 64, 1)
+
+
+@pytest.mark.parametrize("relative_rope", [False, True])
+def test_fused_write_is_norm_rope_and_update(relative_rope):
+    rope = RotaryEmbedding(64, 4, 5, "cpu")
+    norm = nn.RMSNorm(128, eps=1e-6)
+    norm.weight.data = draw(128)
+    caches = [new_cache(rope=rope if relative_rope else None) for _ in range(2)]
+    for block in range(6):
+        k, v = with_outliers(1, 60, 128, seed=block), draw(1, 60, 2, 64, seed=block)
+        turns = rope.turns(3 * block, 3)
+        for cache in caches:
+            cache.begin(3 * block, 3)
+        one = caches[0].write(0, k, v, norm, turns)
+        other = caches[1].update(0, rms_rope(k, norm.weight, norm.eps, turns), v)
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a.float(), b.float())
+
+
+def test_scales_are_each_samples_own():
+    """A video does not depend on its neighbours in the batch."""
+    k, v = with_outliers(2, 60, 2, 64), with_outliers(2, 60, 2, 64, seed=3)
+    both, alone = new_cache(batch=2), new_cache()
+    for cache in (both, alone):
+        cache.begin(0, 3)
+    for a, b in zip(both.update(0, k, v), alone.update(0, k[1:], v[1:]), strict=True):
+        assert torch.equal(a[1:].float(), b.float())
+
+
+@pytest.fixture(scope="module")
+def demo() -> Engine:
+    """The small trained model."""
+    return Engine.from_config(REPOSITORY / "configs/demo.yaml")
+
+
+def test_one_block_is_close_to_the_full_one(demo):
+    model = demo.generator
+    config, rope = model.config, RotaryEmbedding(model.config.head_dim, 7, 12, "cpu")
+    full, x = model.blocks[2], with_outliers(1, 3, 84, config.dim) / 4
+    block = modules.Fp8Block(copy.deepcopy(full))
+    e0, text = draw(1, 3, 6, config.dim) / 4, full.cross_attn.key_value(draw(1, 20, config.dim))
+    outputs = []
+    for one, kind in ((full, KVCache), (block, QuantisedKVCache)):
+        cache = new_cache(kind, tokens=84, heads=config.num_heads, head_dim=config.head_dim)
+        cache.begin(0, 3)
+        outputs.append(one(x, e0, rope.turns(0, 3), cache, 0, text) - x)
+    assert relative(outputs[1], outputs[0]) < 0.06
+
+
+def test_roll_out_of_the_small_model(demo):
+    """Through the window's end; a block's frames are as near to full precision as a good JPEG."""
+    quality = fp8_quality.measure(demo, 15, fp8_quality.PROMPT)
+    assert len(quality.flow) == 4 and len(quality.psnr) == 5
+    worst = max(max(errors) for errors in quality.flow.values())
+    assert 0.005 < worst < 0.08, quality
+    assert min(quality.psnr) > 30 and max(quality.psnr) < 60, quality
+
+
+@pytest.mark.parametrize("changes", [{"use_infinite_attention": True}, {"local_attn_size": -1}])
+def test_switches_in_endless_and_growing_videos(demo, changes):
+    kwargs = dataclasses.replace(demo.config.model_kwargs, **changes)
+    config = dataclasses.replace(demo.config, model_kwargs=kwargs, height=32, width=48)
+    one = copy.copy(demo)
+    videos = []
+    for generator in (demo.generator, to_fp8(copy.deepcopy(demo.generator), torch.device("cpu"))):
+        one.generator = generator
+        session, blocks = one.session(config=config), []
+        for prompt in ("a red ball", "a red ball", "a blue cube", "a blue cube", "a blue cube", "a green ring"):
+            session.set_prompt(prompt)
+            blocks.append(session.step_latents())
+        videos.append(torch.cat(blocks, 1))
+    assert relative(videos[1], videos[0]) < 0.35
+
+
+def test_quality_is_printed(tiny_yaml, capsys):
+    assert guarded(lambda: fp8_quality.main([str(tiny_yaml), "--latents", "6", "precision=fp8"])) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("t = ") == 4 and len(printed.split("PSNR of each block, dB:")[1].split()) == 2
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Has the GPU be as it is said to be: gpu(capability=(8, 0), triton=False, product=fails)."""
+
+    def be(capability=(9, 0), triton: bool = True, product=lambda device: None) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+        monkeypatch.setattr(precision, "HAS_TRITON", triton)
+        monkeypatch.setattr(precision, "multiply_once", product)
+
+    return be
+
+
+def fails(device) -> None:
+    raise RuntimeError("_scaled_mm:\n not here")
+
+
+def test_cpu_is_refused_before_anything_is_read():
+    with pytest.raises(UserError) as error:
+        Engine.from_config(Config(wan_folder="nowhere", device="cpu", precision="fp8"))
+    assert str(error.value) == ("precision=fp8 needs an NVIDIA GPU of compute capability 8.9 or newer (Ada, Hopper, "
+                                "Blackwell), the device is cpu; use precision=full")
+
+
+@pytest.mark.parametrize(("about", "words"), [
+    ({"capability": (8, 0)}, ["8.9", "Some GPU, 8.0"]), ({"capability": (7, 5)}, ["8.9", "Some GPU, 7.5"]),
+    ({"triton": False}, ["Triton", "pip install triton"]), ({"product": fails}, ["_scaled_mm: not here", "Some GPU"]),
+])
+def test_gpu_that_can_not_is_refused(gpu, about, words):
+    gpu(**about)
+    with pytest.raises(UserError) as error:
+        check_precision("fp8", CUDA)
+    assert "\n" not in str(error.value) and str(error.value).endswith("use precision=full")
+    for word in words:
+        assert word in str(error.value)
+    check_precision("full", CUDA)
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0), (12, 0)])
+def test_gpu_that_can_is_taken(gpu, capability):
+    gpu(capability)
+    check_precision("fp8", CUDA)
+
+
+def test_amd_is_refused_for_all_its_capability(gpu, monkeypatch):
+    gpu((9, 4))
+    monkeypatch.setattr(torch, "version", SimpleNamespace(hip="6.4"))
+    with pytest.raises(UserError, match="NVIDIA"):
+        check_precision("fp8", CUDA)
+
+
+def test_sizes_that_the_kernels_do_not_have():
+    check_sizes("fp8", WanConfig())
+    with pytest.raises(UserError, match="heads of 64 or 128 channels, the generator's have 16; use precision=full"):
+        check_sizes("fp8", TINY.generator)
+    odd = dataclasses.replace(TINY.generator, dim=128, ffn_dim=100)
+    with pytest.raises(UserError, match="ffn_dim is a multiple of 16, it is 100"):
+        check_sizes("fp8", odd)
+
+
+def test_benchmark_refuses_it_on_a_cpu(capsys):
+    code = guarded(lambda: benchmark.main(["--size", "toy", "--precision", "fp8", "--cold", "0", "device=cpu"]))
+    assert code == 2 and "compute capability 8.9" in capsys.readouterr().err
+
+
+def test_front_end_says_it_in_one_line(run_here):
+    import inference
+
+    assert_complains(run_here(inference, "--prompt", "a ball", "precision=fp8"), "precision=fp8", "cpu",
+                     "use precision=full")

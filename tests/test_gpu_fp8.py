@@ -1,0 +1,196 @@
+"""FP8 on a GPU against its plain versions: `python -m pytest -m gpu tests/test_gpu_fp8.py`."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from demo.random_checkpoint import SIZES
+from pipeline.precision import check_precision
+from scripts import fp8_quality
+from scripts.benchmarking import gpu_use
+from scripts.benchmarking.random_engine import random_engine
+from tests.test_fp8 import as_float, exact_attention, relative, with_outliers
+from utils.config import load_config
+from wan.fp8_cache import QuantisedKVCache
+from wan.kernels import fp8, rms_rope_plain
+from wan.kernels.fp8 import Held, Rows
+from wan.rope import RotaryEmbedding
+
+CUDA = torch.device("cuda")
+OLD = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(OLD, reason="no CUDA GPU of compute capability 8.9")]
+
+ROUNDING = 4e-3  # of a result in bfloat16, and of values on the border between two numbers of e4m3
+FAST_SUMS = 2e-2  # of `use_fast_accum`: Hopper adds up thousands of products in about 14 bits
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return with_outliers(*shape).to(CUDA, dtype)
+
+
+def assert_same_rows(got: Rows, expected: Rows) -> None:
+    assert got.values.dtype == fp8.E4M3 and got.values.shape == expected.values.shape
+    assert relative(got.scale.view(-1), expected.scale.view(-1)) < 1e-5
+    assert relative(as_float(got), as_float(expected)) < ROUNDING
+
+
+def test_this_gpu_is_taken():
+    check_precision("fp8", CUDA)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 4680, 1536), (1, 4680, 8960), (2, 7, 96), (3, 5, 33)])
+def test_quantise_and_gelu(dtype, shape):
+    x = draw(*shape, dtype=dtype)
+    x[0, 0] = 0
+    assert_same_rows(fp8.quantise(x), fp8.quantise_plain(x))
+    assert_same_rows(fp8.gelu_quantise(x), fp8.gelu_quantise_plain(x))
+
+
+def test_what_is_no_number_stays_none():
+    x = torch.full((1, 2, 32), torch.nan, device=CUDA)
+    assert fp8.quantise(x).values.float().isnan().all()
+
+
+@DTYPES
+@pytest.mark.parametrize("batch,frames,tokens,dim", [(1, 3, 1560, 1536), (2, 3, 7, 96), (1, 12, 31, 128)])
+def test_modulate(dtype, batch, frames, tokens, dim):
+    x, e = draw(batch, frames, tokens, dim, dtype=dtype), torch.randn(batch, frames, 6, dim, device=CUDA).to(dtype)
+    shift, scale, *_ = e.split(1, dim=2)
+    assert_same_rows(fp8.modulate_quantise(x, shift, scale, 1e-6),
+                     fp8.modulate_quantise_plain(x, shift, scale, 1e-6))
+    shift, scale = torch.randn(2, 1, 1, 1, dim, device=CUDA)
+    assert_same_rows(fp8.modulate_quantise(x, shift, scale, 1e-6),
+                     fp8.modulate_quantise_plain(x, shift, scale, 1e-6))
+
+
+@pytest.mark.parametrize("rows,inputs,outputs", [(4680, 1536, 4608), (4680, 8960, 1536), (14, 64, 96), (1, 32, 32)])
+def test_linear(rows, inputs, outputs):
+    x, weight = fp8.quantise(draw(1, rows, inputs)), fp8.quantise(draw(outputs, inputs))
+    bias = torch.randn(outputs, device=CUDA).bfloat16()
+    assert relative(fp8.linear(x, weight, bias), fp8.linear_plain(x, weight, bias.float())) < FAST_SUMS
+
+
+@DTYPES
+@pytest.mark.parametrize("batch,frames,rows,columns,heads,head_dim",
+                         [(1, 3, 30, 52, 12, 128), (2, 3, 3, 5, 3, 64), (1, 1, 2, 2, 2, 64)])
+def test_queries_keys_and_values(dtype, batch, frames, rows, columns, heads, head_dim):
+    tokens, dim = frames * rows * columns, heads * head_dim
+    turns = RotaryEmbedding(head_dim, rows, columns, CUDA).turns(200_000, frames)
+    x, weight = draw(batch, tokens, 3 * dim, dtype=dtype), torch.randn(dim, device=CUDA).to(dtype)
+    q, k, v = x.chunk(3, -1)  # rows of x, not in one piece
+    v = v.unflatten(-1, (heads, head_dim))
+    rope = lambda y: rms_rope_plain(y.float(), weight.float(), 1e-6, turns)
+    assert_same_rows(fp8.rms_rope_quantise(q, weight, 1e-6, turns), fp8.quantise_plain(rope(q)))
+    mean, scale = torch.randn(batch, heads, head_dim, device=CUDA), torch.rand(batch, heads, device=CUDA) / 50 + 0.01
+    keys = torch.zeros(batch, 2 * tokens + 5, heads, head_dim, device=CUDA).to(fp8.E4M3)
+    fp8.write_keys(k, weight, 1e-6, turns, mean, scale, keys[:, 5 : 5 + tokens])
+    assert relative(keys[:, 5 : 5 + tokens].float(), fp8.less_mean(rope(k), mean, scale).float()) < ROUNDING
+    values = torch.zeros(batch, heads, head_dim, 2 * tokens + 5, device=CUDA).to(fp8.E4M3)
+    fp8.write_values(v, scale, values[..., 3 : 3 + tokens])
+    expected = fp8.to_e4m3(v.float() / scale[:, None, :, None]).permute(0, 2, 3, 1)
+    assert relative(values[..., 3 : 3 + tokens].float(), expected.float()) < ROUNDING
+    for store, axis in ((keys, 1), (values, 3)):  # and nothing beside it
+        rest = store.float().transpose(axis, 0)
+        start = 5 if axis == 1 else 3
+        assert not rest[:start].any() and not rest[start + tokens :].any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("batch,queries,keys,heads", [
+    (1, 4680, 4680, 12), (1, 1000, 18720, 12), (2, 33, 70, 3), (1, 1, 1, 1), (1, 128, 128, 2), (2, 129, 257, 2),
+])
+def test_attention(head_dim, batch, queries, keys, heads):
+    q, k, v = (torch.randn(batch, n, heads, head_dim, device=CUDA) for n in (queries, keys, keys))
+    k[..., 0] += 3
+    capacity = -(-keys // 16) * 16 + 16
+    key_scale, value_scale = torch.rand(2, batch, heads, device=CUDA) / 50 + 0.01
+    # What lies beyond the keys is no number.
+    store = torch.full((2, batch * capacity * heads * head_dim), 0x7F, dtype=torch.uint8, device=CUDA).view(fp8.E4M3)
+    all_keys = store[0].view(batch, capacity, heads, head_dim)[:, :keys]
+    all_values = store[1].view(batch, heads, head_dim, capacity)[..., :keys]
+    all_keys.copy_(fp8.to_e4m3(k / key_scale[:, None, :, None]))
+    fp8.write_values(v, value_scale, all_values)
+    held, rows = Held(all_keys, all_values, key_scale, value_scale), fp8.quantise_plain(q)
+    got = fp8.attention(rows, held, torch.float32)
+    given = (as_float(rows), all_keys.float() * key_scale[:, None, :, None],
+             (all_values.float() * value_scale[:, :, None, None]).permute(0, 3, 1, 2))
+    error = relative(got, exact_attention(*given))  # only the weights are rounded between the two
+    assert error < 0.03, error
+    assert error < 1.2 * relative(fp8.attention_plain(rows, held, torch.float32), exact_attention(*given)) + 1e-3
+
+
+def test_sums_over_many_keys_are_not_cut_short():
+    """Values that are all alike: Hopper's own sums of e4m3 products lose small terms, and all of them one way."""
+    q, keys = torch.zeros(1, 128, 1, 128, device=CUDA), torch.zeros(1, 18720, 1, 128, device=CUDA).to(fp8.E4M3)
+    values, one = torch.ones(1, 1, 128, 18720, device=CUDA).to(fp8.E4M3), torch.ones(1, 1, device=CUDA)
+    got = fp8.attention(fp8.quantise_plain(q), Held(keys, values, one, one), torch.float32)
+    assert (got - 1).abs().max() < 1e-3
+
+
+def test_lengths_that_change_compile_nothing():
+    def call(queries: int, keys: int) -> int:
+        """How many kernels there are after attention of these lengths."""
+        q, one = fp8.quantise_plain(torch.randn(1, queries, 2, 64, device=CUDA)), torch.ones(1, 2, device=CUDA)
+        k, v = torch.zeros(1, keys, 2, 64, device=CUDA), torch.zeros(1, 2, 64, -(-keys // 16) * 16, device=CUDA)
+        held = Held(k.to(fp8.E4M3), v.to(fp8.E4M3)[..., :keys], one, one)
+        fp8.attention(q, held, torch.float32)
+        return sum(len(kernels) for kernels, *_ in _attention.device_caches.values())
+
+    from wan.kernels.triton_fp8_attention import _attention  # not before: Triton needs a GPU driver
+
+    first = call(100, 100)
+    assert [call(*sizes) for sizes in ((1, 1), (16, 16), (4680, 18720), (4681, 1), (1, 4681))] == [first] * 5
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Random weights of the small model's shapes, in bfloat16."""
+    return random_engine(load_config(None, ["height=112", "width=192", "device=cuda"]), "toy")
+
+
+def test_model_is_as_near_to_full_precision_as_the_plain_one(engine):
+    fast = fp8_quality.measure(engine, 15, "a")
+    assert max(max(errors) for errors in fast.flow.values()) < 0.08 and min(fast.psnr) > 25, fast
+    slow_engine = copy.copy(engine)
+    slow_engine.generator, slow_engine.device = copy.deepcopy(engine.generator).cpu(), torch.device("cpu")
+    slow_engine.decoder = copy.deepcopy(engine.decoder).to(torch.device("cpu"))
+    slow = fp8_quality.measure(slow_engine, 6, "a")
+    for t, errors in slow.flow.items():
+        assert fast.flow[t][0] == pytest.approx(errors[0], rel=0.25)
+
+
+@pytest.mark.parametrize("overrides", [[], ["model_kwargs.use_infinite_attention=true"],
+                                       ["model_kwargs.local_attn_size=-1"]])
+def test_session_in_fp8(overrides):
+    """Through evictions and a re-cache, without a call that waits for the GPU."""
+    config = load_config(None, ["height=112", "width=192", "device=cuda", "precision=fp8", *overrides])
+    engine = random_engine(config, "toy")
+    assert engine.generator.cache_type is QuantisedKVCache
+    videos = []
+    for _ in range(2):
+        session = engine.session(seed=1)
+        for block in range(8):
+            session.set_prompt("a" if block < 6 else "bb")
+            frames = session.step()
+        videos.append(frames)
+    assert torch.equal(*videos) and videos[0].float().std() > 1
+    if "use_infinite_attention" not in "".join(overrides):
+        assert "no synchronising call" in gpu_use.check_no_waiting(engine)
+
+
+def test_full_size_block():
+    """The shapes that matter: one block of the published model's sizes, of two layers."""
+    sizes = dataclasses.replace(SIZES["full"], generator=dataclasses.replace(SIZES["full"].generator, num_layers=2))
+    engine = random_engine(load_config(None, ["device=cuda"]), sizes)
+    quality = fp8_quality.measure(engine, 3, "a")
+    assert max(max(errors) for errors in quality.flow.values()) < 0.08, quality

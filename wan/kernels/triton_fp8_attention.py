@@ -1,0 +1,72 @@
+"""Attention over e4m3 queries, keys and values; the plain version is in `wan.kernels.fp8`.
+
+A flash attention (Dao et al. 2023, arXiv:2307.08691) in which both products are of e4m3 and all else is float32. What
+makes it fast is that no scale varies inside a tile of scores: a row's and a head's are factors of the exponent, or of
+the result.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = 1.4426950408889634
+# Queries and keys of a tile, warps, stages of loads; by the major compute capability. Hopper and the Blackwell of data
+# centres hold large tiles; on others a larger one does not fit the registers.
+TILES = {9: (128, 128, 8, 3), 10: (128, 128, 8, 3), 8: (128, 32, 8, 3), 12: (128, 32, 8, 3)}
+
+
+@triton.jit
+def _tile(acc, total, top, q, scale, keys, values, sample, head, start, filled, D: tl.constexpr, N: tl.constexpr,
+          MASKED: tl.constexpr):
+    """Takes the keys `start …` into the running sums of weights·values, of weights, and the largest exponent."""
+    k = keys.load([sample, start, head, 0]).reshape(N, D)
+    scores = tl.dot(q, k.T)
+    if MASKED:
+        scores = tl.where((start + tl.arange(0, N) < filled)[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    # Weights of up to 448, the largest of e4m3, so that small ones are not lost; the division by their sum undoes it.
+    weights = tl.exp2(scores * scale[:, None] - (new_top - 8.807354922)[:, None])
+    fading = tl.exp2(top - new_top)
+    total = total * fading + tl.sum(weights, 1)
+    v = values.load([sample, head, 0, start]).reshape(D, N)
+    # Not as the product's own accumulator: Hopper sums e4m3 products in about 14 bits, too few for thousands of keys.
+    # It sums one tile; this sum is float32, and costs nothing beside the fading.
+    acc = acc * fading[:, None] + tl.dot(weights.to(tl.float8e4nv), v.T)
+    return acc, total, new_top
+
+
+@triton.jit(do_not_specialize=["queries", "filled"])
+def _attention(queries_of, keys, values, query_scale, key_scale, value_scale, out, queries, filled, factor,
+               H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    sample, head = tl.program_id(1) // H, tl.program_id(1) % H
+    first = tl.program_id(0) * M
+    row = first + tl.arange(0, M)
+    at = (sample.to(tl.int64) * queries + row) * H + head
+    q = queries_of.load([sample, first, head, 0]).reshape(M, D)
+    scale = tl.load(query_scale + at, row < queries, other=1.0) * (tl.load(key_scale + sample * H + head) * factor)
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    whole = filled // N * N
+    for start in range(0, whole, N):
+        acc, total, top = _tile(acc, total, top, q, scale, keys, values, sample, head, start, filled, D, N, False)
+    if whole < filled:
+        acc, total, top = _tile(acc, total, top, q, scale, keys, values, sample, head, whole, filled, D, N, True)
+    acc = acc * (tl.load(value_scale + sample * H + head) / total)[:, None]
+    places = out + at[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(places, acc.to(out.dtype.element_ty), (row < queries)[:, None])
+
+
+def attention(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor, value_scale: Tensor,
+              dtype: torch.dtype) -> Tensor:
+    batch, queries, heads, head_dim = q.shape
+    m, n, warps, stages = TILES.get(torch.cuda.get_device_capability(q.device)[0], TILES[12])
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    _attention[(triton.cdiv(queries, m), batch * heads)](
+        TensorDescriptor.from_tensor(q, [1, m, 1, head_dim]), TensorDescriptor.from_tensor(keys, [1, n, 1, head_dim]),
+        TensorDescriptor.from_tensor(values, [1, 1, head_dim, n]), query_scale, key_scale, value_scale, out, queries,
+        keys.shape[1], LOG2_E * head_dim**-0.5, H=heads, D=head_dim, M=m, N=n, num_warps=warps, num_stages=stages,
+    )
+    return out
