@@ -9,9 +9,11 @@ from utils.config import Config
 from utils.device import download, upload
 from utils.timing import Stopwatch
 from wan.geometry import PIXELS
+from wan.graphs import GraphedWan
 from wan.model import CausalWan
 from wan.rope import RotaryEmbedding
 
+GRAPHS_ON = ("cuda",)  # devices on which passes can be captured
 REFRESHES = ("recache", "keep", "reset")  # what a new prompt does to the self-attention cache
 
 
@@ -49,6 +51,7 @@ class Session:
         self._asked: str | None = None  # the prompt of the next block
         self._refresh = REFRESHES[0]  # how the cache goes over to it
         self._text: list[tuple[Tensor, Tensor]] = []  # cross-attention keys and values of `prompt`
+        self._graphed: GraphedWan | None = None  # replays passes as CUDA graphs
         self._latents: list[Tensor] = []  # clean latents of the latest blocks, as many as a re-cache needs
 
     @property
@@ -114,11 +117,22 @@ class Session:
                 self._clean_pass(self._latents[-1])
         if switch:
             with self.watch.stage("text"):
-                self._text = self.generator.encode_text(upload(self.encode(self._asked), self.device))
+                self._set_text(self.generator.encode_text(upload(self.encode(self._asked), self.device)))
                 self.prompt = self._asked
         if self.block > 0 and recache:
             with self.watch.stage("re-cache"):
                 self._recache(self.config.global_sink and self._refresh != "reset")
+
+    def _set_text(self, text: list[tuple[Tensor, Tensor]]) -> None:
+        """In place where passes are captured, as those read the memory of the first prompt's."""
+        if self._graphed is not None:
+            for present, new in zip(self._text, text, strict=True):
+                for old, value in zip(present, new, strict=True):
+                    old.copy_(value)
+            return
+        self._text = text
+        if self.config.captures_passes and self.device.type in GRAPHS_ON:
+            self._graphed = GraphedWan(self.generator, self.cache, text)
 
     def _recache(self, global_sink: bool) -> None:
         """Rebuilds the K/V of the latest latents under the new prompt, in one pass at t = context_noise.
@@ -130,6 +144,8 @@ class Session:
         if keep_sink:
             latents = latents[:, self.config.model_kwargs.sink_size:]
         self.cache.rewind(keep_sink)
+        if self._graphed is not None and not keep_sink:
+            self._graphed.forget()
         self.cache.begin(self.position - latents.shape[1], latents.shape[1])
         self._clean_pass(latents)
 
@@ -138,4 +154,6 @@ class Session:
         self._forward(latents, self.config.context_noise, self.position - latents.shape[1], want_flow=False)
 
     def _forward(self, latents: Tensor, t: float, position: int, want_flow: bool = True) -> Tensor | None:
+        if self._graphed is not None and latents.shape[1] == self.config.num_frame_per_block:
+            return self._graphed(latents, t, position, self.rope, want_flow)
         return self.generator(latents, t, position, self.rope, self.cache, self._text, want_flow)

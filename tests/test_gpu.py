@@ -5,9 +5,12 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from demo.random_checkpoint import SIZES, randomise
+from scripts.benchmark import RESOLUTIONS
+from scripts.benchmarking.random_engine import random_engine
 from tests.conftest import GOLDEN
 from tests.parity import run
 from utils.checkpoint import fill
+from utils.config import load_config
 from wan import kernels
 from wan.attention import attention, fastest
 from wan.model import CausalWan
@@ -157,6 +160,23 @@ def test_fused_forward_is_no_further_from_float32_than_the_plain_one(monkeypatch
 def test_every_recorded_case_on_the_gpu():
     worst = dict(run(GOLDEN, torch.device("cuda")))
     assert len(worst) > 10 and max(worst.values()) < 1e-4, worst
+
+
+@pytest.mark.parametrize("overrides", [[], ["model_kwargs.use_infinite_attention=true"], ["global_sink=false"],
+                                       ["precision=fp8"]], ids=str)
+def test_captured_passes_give_the_same_video(overrides):
+    """Bit for bit: blocks before the window is full, twice around the ring, a new prompt, and around it again."""
+    def video(graphs: bool) -> torch.Tensor:
+        settings = [*RESOLUTIONS["toy"], f"cuda_graphs={str(graphs).lower()}", *overrides]
+        session = random_engine(load_config(None, settings), "toy").session(seed=0)
+        session.set_prompt("a")
+        made = [session.step_latents().clone() for _ in range(12)]
+        session.set_prompt("b")
+        made += [session.step_latents().clone() for _ in range(9)]
+        assert (session._graphed is not None and len(session._graphed.graphs) > 3) == graphs
+        return torch.cat(made, 1)
+
+    assert torch.equal(video(graphs=True), video(graphs=False))
 
 
 def test_gradients_flow_where_they_are_wanted():

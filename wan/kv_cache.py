@@ -53,6 +53,16 @@ class KVCache:
         if self.rope is not None and self.sink:
             self._turn_sink()
 
+    @property
+    def slots(self) -> tuple[int, int]:
+        """First slot of the present block, and how many slots are filled."""
+        return self._block.start // self.tokens, len(self.positions)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the window is full, so that from now on slots are used again."""
+        return len(self.positions) == self.window
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v [B, frames·tokens, H, D] to the slots that `begin` picked, as often as wanted until the next
         `begin`. Returns the keys and values to attend to, [B, filled·tokens, H, D], the new ones included."""

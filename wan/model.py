@@ -163,19 +163,24 @@ class CausalWan(nn.Module):
         `cache.begin` picked. Returned in the dtype of `latents`. Without `want_flow` they only go there: None is
         returned, and the last layer does no more than that takes.
         """
+        times = torch.full(latents.shape[:2], t, dtype=torch.float64, device=latents.device)
+        return self.flow(latents, times, rope.turns(position, latents.shape[1]), cache, text, want_flow)
+
+    def flow(self, latents: Tensor, times: Tensor, turns: Tensor, cache: KVCache, text: list[tuple[Tensor, Tensor]],
+             want_flow: bool = True) -> Tensor | None:
+        """`forward` for a timestep for each latent, times [B, F], and turns [F·L, D/2] of RoPE: it only computes with
+        tensors, so that it can be captured as a CUDA graph."""
         weight = self.patch_embedding.weight
-        batch, frames, _, height, _ = latents.shape
         x = self.patch_embedding(latents.to(weight.dtype).transpose(1, 2))
         x = rearrange(x, "b d f h w -> b f (h w) d")
-        t = torch.full((batch, frames), t, dtype=torch.float64, device=latents.device)
-        e = self.time_embedding(sinusoid(t, self.config.freq_dim).to(weight.dtype))
+        e = self.time_embedding(sinusoid(times, self.config.freq_dim).to(weight.dtype))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
-        turns = rope.turns(position, frames)
         with fastest(x.device):
             for layer, block in enumerate(self.blocks):
                 if layer + 1 == len(self.blocks) and not want_flow:
                     return block.remember(x, e0, turns, cache, layer)
                 x = block(x, e0, turns, cache, layer, text[layer])
         _, ph, pw = self.config.patch_size
-        x = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=height // ph, p=ph, q=pw)
+        height = latents.shape[-2] // ph
+        x = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=height, p=ph, q=pw)
         return x.to(latents.dtype)
