@@ -35,7 +35,7 @@ TOKENS = 64  # of a caption, at most
 WINDOW, SINK = 4, 1  # blocks
 SHIFT = 5.0
 CAPTIONS_EACH = 4  # of every scene
-SUBJECT = 4.0  # how much more the loss counts where the subject is: it is a small part of the picture
+SUBJECT = 12.0  # how much more the loss counts where the subject is: it is a small part of the picture
 UNTOLD = 0.1  # share of the clips without a caption, for classifier-free guidance
 BLURRED, MOST_BLUR = 0.5, 0.6  # share of the clips whose past is noisy, and the most noise (σ) in it
 
@@ -56,11 +56,13 @@ READING = 0.1  # steps of it for each step of the generator's; after 80 it tells
 
 
 def new_models(device: str) -> tuple[CausalWan, UMT5EncoderModel]:
-    """Generator and text encoder before training: every block begins as the identity."""
+    """Generator and text encoder before training: no flow yet, but what the prompt says goes in from the start."""
     model = CausalWan(GENERATOR)
     for name, value in model.named_parameters():
-        if name.startswith("head.head") or "cross_attn.o" in name:
+        if name.startswith("head.head") or name.endswith("cross_attn.o.bias"):
             nn.init.zeros_(value)
+        elif name.endswith("cross_attn.o.weight"):
+            nn.init.normal_(value, std=value.shape[1] ** -0.5)
         elif name.startswith(("time_projection", "text_embedding", "time_embedding")) and value.dim() > 1:
             nn.init.normal_(value, std=0.02)
     return model.to(device), UMT5EncoderModel(UMT5Config(**TEXT)).to(device)
@@ -149,7 +151,8 @@ def train(folder: Path, ranks: Ranks, *, steps: int, device: str, seed: int = 0,
     words = Captions(tokenizer(TEXT["vocab_size"], corpus()), TOKENS)
     model, text = new_models(device)
     if ranks.first:
-        reading.train(folder, text, words, steps=round(READING * steps), device=device, seed=seed, captions=4 * clips)
+        reading.train(folder, text, words, steps=max(1, round(READING * steps)), device=device, seed=seed,
+                      captions=4 * clips)
     ranks.share(text)
     both = nn.ModuleList([model, text])
     average = Average(both, 0.9985).to(device)
