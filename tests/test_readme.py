@@ -18,7 +18,7 @@ def test_example_runs_as_it_stands(tmp_path, monkeypatch):
     assert len([line for line in example.splitlines() if line.strip()]) < 10
     monkeypatch.chdir(tmp_path)
     exec(compile(example.replace("* 3", "* 1"), "README.md", "exec"), {})
-    assert read_frames(tmp_path / "ball.mp4").shape == (9 + 12, 112, 192, 3)
+    assert read_frames(tmp_path / "boat.mp4").shape == (9 + 12, 112, 192, 3)
 
 
 def test_every_key_of_the_config_is_explained():
