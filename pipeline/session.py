@@ -32,6 +32,7 @@ class Session:
     def __init__(self, config: Config, generator: CausalWan, encode: Callable[[str], Tensor],
                  decode: Callable[[Tensor], Tensor], noise: NoiseSource):
         self.config, self.generator, self.encode, self.decode, self.noise = config, generator, encode, decode, noise
+        # Timesteps of the denoising steps, 1000 for noise.
         self.steps = timesteps(config.denoising_step_list, config.model_kwargs.timestep_shift,
                                config.warp_denoising_step)
         weight = generator.patch_embedding.weight
@@ -47,8 +48,8 @@ class Session:
         )
         self.watch = Stopwatch(self.device)
         self.block = 0  # index of the next block
-        self.prompt: str | None = None  # the prompt that the cache holds
-        self._asked: str | None = None  # the prompt of the next block
+        self.prompt: str | None = None  # the one that the cache was made under; the last block's
+        self._asked: str | None = None  # the next block's
         self._refresh = REFRESHES[0]  # how the cache goes over to it
         self._text: list[tuple[Tensor, Tensor]] = []  # cross-attention keys and values of `prompt`
         self._graphed: GraphedWan | None = None  # replays passes as CUDA graphs
@@ -137,7 +138,9 @@ class Session:
     def _recache(self, global_sink: bool) -> None:
         """Rebuilds the K/V of the latest latents under the new prompt, in one pass at t = context_noise.
 
-        With `global_sink`, once latents have left the window, the sink keeps its old K/V and is attended to.
+        Until latents have left the window it holds the whole video, and all of it is rebuilt. Later, with
+        `global_sink`, the sink keeps its old K/V and its room: of a window of 12 with a sink of 3 the latest 9 latents
+        are rebuilt. Without it the latest 12 are, and the oldest of them are the new sink.
         """
         latents = torch.cat(self._latents, 1)
         keep_sink = global_sink and self.config.window is not None and self.position > self.config.window
@@ -150,7 +153,8 @@ class Session:
         self._clean_pass(latents)
 
     def _clean_pass(self, latents: Tensor) -> None:
-        """Writes the K/V of clean latents, the last ones made, to the slots that the cache picked for them."""
+        """Writes the K/V of clean latents, the last ones made, to the slots that the last `cache.begin` picked for
+        them: the block's own when it was denoised, where this replaces the K/V of its last denoising step."""
         self._forward(latents, self.config.context_noise, self.position - latents.shape[1], want_flow=False)
 
     def _forward(self, latents: Tensor, t: float, position: int, want_flow: bool = True) -> Tensor | None:
