@@ -161,13 +161,16 @@ def _shorten(prompt: str, width: int = 90) -> str:
 
 
 def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
-    """Makes one video: its MP4, and beside it a JSON that says how. Whatever stops it, what was made is kept."""
+    """Makes one video: its MP4, and beside it a JSON that says how. Whatever stops it, what was made is kept; a longer
+    video of the same request, which begins with the same frames, stays in its place."""
     config, timeline = engine.config, job.timeline
     times = VideoTimes(job.path.stem)
     start = time.perf_counter()
     session, sent = None, 0
     with held() as hold:  # a Ctrl-C stops the work, never the finishing of the two files
-        writer = Mp4Writer(job.path, width=config.width, height=config.height, fps=config.fps, crf=config.crf)
+        there = _frames_there(job)
+        writer = Mp4Writer(job.path, width=config.width, height=config.height, fps=config.fps, crf=config.crf,
+                           at_least=there)
         try:
             with writer, _progress(job, config, show_progress) as bar:
                 with hold.lifted():
@@ -183,18 +186,27 @@ def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
             times.wall, times.frames = time.perf_counter() - start, writer.frames
             if session is not None:
                 times.latents, times.stages = session.position, {**session.watch.read(), "encode": [writer.seconds]}
-            _record(job, writer, times, config)
+            _record(job, writer, there, times, config)
     return times
 
 
-def _record(job: Job, writer: Mp4Writer, times: VideoTimes, config: Config) -> None:
-    """Writes the JSON of a video that has its name; says where one is that stopped early."""
+def _frames_there(job: Job) -> int:
+    """Frames of the video of the same request that has the name now; 0 where there is none."""
+    about = _read_sidecar(job.sidecar)
+    frames = about.get("frames")
+    same = about.get("request") == job.request and isinstance(frames, int) and job.path.exists()
+    return min(frames, job.timeline.frames) if same else 0
+
+
+def _record(job: Job, writer: Mp4Writer, there: int, times: VideoTimes, config: Config) -> None:
+    """Writes the JSON of a video that has its name; says where one is that stopped early. there: frames of the same
+    video that the name had before."""
     complete = writer.file == job.path and writer.frames == job.timeline.frames
     if complete:
         write_sidecar(job, times, config, complete)
         return
-    log.warning("Stopped after %d of %d frames%s", writer.frames, job.timeline.frames,
-                f"; they are in {writer.file}" if writer.file else "")
+    place = f"; they are in {writer.file}" if writer.file else f"; {job.path} keeps the {there} it had" if there else ""
+    log.warning("Stopped after %d of %d frames%s", writer.frames, job.timeline.frames, place)
     if writer.file == job.path:
         try:
             write_sidecar(job, times, config, complete)

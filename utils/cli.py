@@ -167,7 +167,8 @@ def guarded(work: Callable[[], None]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         # In the middle of a library's work an interrupt can come out as any other error.
         if was_interrupted() or isinstance(error, KeyboardInterrupt):
-            _say("interrupted; run the same command again to go on, finished videos are skipped")
+            _say("interrupted; run the same command again to go on: videos that are whole are skipped, one that was "
+                 "cut off is made again from its start")
             return EXIT_INTERRUPTED
         if isinstance(error, UserError):
             return _fail(str(error))
