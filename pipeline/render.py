@@ -46,16 +46,17 @@ class Job:
         return self.path.with_suffix(".json")
 
 
-def plan_jobs(stories: list[Story], config: Config, frames: int, weights: dict[str, str],
-              overwrite: bool) -> tuple[list[Job], list[Path]]:
-    """The videos to make, in order, and those that exist already, made by the same request.
+def plan_jobs(stories: list[Story], config: Config, frames: int, weights: dict[str, str], overwrite: bool,
+              overrule: bool = False) -> tuple[list[Job], list[Path]]:
+    """The videos to make, in order, and those that exist already, made by the same request. `frames`, `overrule`: as
+    `Story.timeline` has them.
 
     A file that another request made is never overwritten, unless `overwrite`: the new video is called NAME-2.
     """
     folder = Path(config.output_folder)
     jobs, finished, taken = [], [], set()
     for number, story in enumerate(stories if config.inference_iter == -1 else stories[:config.inference_iter]):
-        timeline = story.timeline(config, frames)
+        timeline = story.timeline(config, frames, overrule)
         seed = config.seed if story.seed is None else story.seed
         for sample in range(config.num_samples):
             request = request_of(timeline, seed, sample, config, weights)

@@ -51,7 +51,7 @@ def _plan(task: Task, stories: list[Story]) -> tuple[list[Job], list[Path]]:
     weights = fingerprints(task.config)
     if task.remake is not None:
         return remake_job(task.remake, task.config, weights, task.overwrite)
-    return plan_jobs(stories, task.config, task.frames, weights, task.overwrite)
+    return plan_jobs(stories, task.config, task.frames, weights, task.overwrite, task.overrule)
 
 
 def _show_plans(jobs: list[Job], task: Task) -> None:

@@ -91,6 +91,14 @@ def test_length_on_the_command_line_is_rounded_up_and_trimmed(run_here, tmp_path
     assert len(read_frames(tmp_path / "videos/0000-0.mp4")) == frames
 
 
+def test_default_length_is_checked_only_where_it_counts(run_here, tmp_path):
+    blocks = ["num_frame_per_block=4", "model_kwargs.sink_size=4"]
+    assert_complains(run_here(inference, *BALL, *blocks), "num_output_frames=6 is not a multiple")
+    for length, frames in ((["--seconds", 1], 16), (["--num-output-frames", 5], 17)):
+        assert run_here(inference, *BALL, *blocks, *length, "--overwrite").code == 0
+        assert len(read_frames(tmp_path / "videos/0000-0.mp4")) == frames
+
+
 # Command lines
 
 @pytest.mark.parametrize("args, words", [
@@ -284,8 +292,8 @@ def test_names_from_any_prompt_are_valid_and_distinct(run_here, tmp_path):
     ('{"prompts": ["a", "b"], "durations": [1, NaN]}', ["seconds above 0"]),
     ('{"prompts": ["a", "b"], "durations": [1, 1e9]}', ["at most 1,000,000"]),
     ('{"prompts": ["a", "b"], "durations": [1]}', ["2 prompts need 2 durations, got 1"]),
-    ('{"prompts": ["a", "b"], "durations": [0.01, 1]}', ["prompt 1 lasts 0.01 s", "at least 0.25 s"]),
-    ('{"prompts": ["a", "b"], "durations": [0.8125, 0.01]}', ["prompt 2 lasts 0.01 s", "at least 0.25 s"]),
+    ('{"prompts": ["a", "b"], "durations": [0.01, 1]}', ["prompt 1 lasts 0.01 s", "at least 0.75 s (one block)"]),
+    ('{"prompts": ["a", "b"], "durations": [0.8125, 0.01]}', ["prompt 2 lasts 0.01 s", "at least 0.75 s (one block)"]),
     ('{"prompts": ["a"], "num_output_frames": 0}', ["num_output_frames", "above 0"]),
     ('{"prompts": ["a"], "num_output_frames": 1000000000000}', ["longer than"]),
     ('{"prompts": ["a"], "seed": "x"}', ["seed must be a whole number", "got x"]),

@@ -91,6 +91,17 @@ def test_lines_of_a_story_file_may_differ_in_everything(make, tmp_path, caplog):
     assert "from latent    3" in caplog.text and "three.mp4" in caplog.text
 
 
+@pytest.mark.parametrize("length", [["--seconds", "1.3125"], ["--num-output-frames", "6"], ["num_output_frames=6"]])
+def test_length_on_the_command_line_goes_before_that_of_a_story(make, tmp_path, caplog, length):
+    (tmp_path / "stories.jsonl").write_text('{"prompts": ["a", "b"], "num_output_frames": 12}\n'
+                                            '{"prompts": ["a", "b"], "durations": [20, 10]}\n')
+    caplog.set_level("INFO")
+    folder = make(interactive_inference, "stories.jsonl", *length)
+    assert [len(read_frames(folder / f"000{line}-0.mp4")) for line in (0, 1)] == [21, 21]
+    assert "line 1: made 1.3 s long as the command line says, in place of its own 2.8 s\n" in caplog.text
+    assert "line 2: made 1.3 s long as the command line says, in place of its own 30.0 s; durations" in caplog.text
+
+
 def test_second_run_skips_what_is_there_and_overwrite_does_not(make, caplog):
     caplog.set_level("INFO")
     video = make(inference, "--prompt", "a") / "0000-0.mp4"

@@ -73,6 +73,7 @@ class Task:
     config: Config
     prompts: list[str]  # given on the command line, in place of the config's data_path
     frames: int  # length of a video that does not say its own
+    overrule: bool  # of one that does, too: the length stands on the command line
     remake: Path | None  # the description of a video to make again, in place of prompts
     overwrite: bool
     profile: Path | None
@@ -93,7 +94,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Task:
     data = [f for f in files if not f.endswith((".yaml", ".yml"))]
     for path in data:
         find_file(path, "prompt file", "to give a prompt itself: --prompt TEXT; to give a setting: key=value")
-    _check_agreement(args, configs, data, overrides)
+    said = _check_agreement(args, configs, data, overrides)
     overrides += [f"data_path={json.dumps(path)}" for path in data]
     for key in ("seed", "num_samples", "output_folder"):
         if (value := getattr(args, key)) is not None:
@@ -101,15 +102,19 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Task:
     for prompt in args.prompt or []:
         check_story(Story([prompt], where="--prompt"))
     remake = _description(args.remake) if args.remake else None
-    config = load_config(configs[0] if configs else remake or args.default_config, overrides)
+    config = load_config(configs[0] if configs else remake or args.default_config, overrides,
+                         round_length=args.seconds is not None or args.num_output_frames is not None)
     profile = Path(args.profile) if args.profile else None
     if profile is not None and profile.is_dir():
         raise UserError(f"--profile {profile} is a folder; give the path of a file")
-    return Task(config, args.prompt or [], _length(args, config), remake, args.overwrite, profile)
+    return Task(config, args.prompt or [], _length(args, config), "num_output_frames" in said, remake, args.overwrite,
+                profile)
 
 
-def _check_agreement(args: argparse.Namespace, configs: list[str], data: list[str], overrides: list[str]) -> None:
-    """Raises UserError where one part of a command line would overrule another."""
+def _check_agreement(args: argparse.Namespace, configs: list[str], data: list[str],
+                     overrides: list[str]) -> set[str]:
+    """The keys of the config that a command line gives. Raises UserError where one part of it would overrule another.
+    """
     for what, given in (("config", configs), ("prompt file", data)):
         if len(given) > 1:
             raise UserError(f"one {what} at a time, got {' and '.join(given)}")
@@ -125,6 +130,7 @@ def _check_agreement(args: argparse.Namespace, configs: list[str], data: list[st
     for given in said.values():
         if len(given) > 1:
             raise UserError(f"give {' or '.join(given)}, not both")
+    return {key for key, given in said.items() if given}
 
 
 def _description(path: str) -> Path:
