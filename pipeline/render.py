@@ -21,7 +21,7 @@ from pipeline.timeline import Segment, Timeline
 from utils.config import Config
 from utils.errors import UserError
 from utils.interrupts import held
-from utils.prompts import Story
+from utils.prompts import Story, shorten
 from utils.report import VideoTimes, peak_gpu
 from utils.video import Mp4Writer
 from wan.geometry import first_frame, frames_of
@@ -29,6 +29,7 @@ from wan.geometry import first_frame, frames_of
 log = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
+SHOWN = 90  # characters of a prompt in a plan
 
 
 @dataclass(frozen=True)
@@ -149,16 +150,12 @@ def describe(job: Job, config: Config) -> list[str]:
         frame = first_frame(segment.latent)
         moved = f" (asked for {segment.asked}, moved to the next block)" if segment.asked != segment.latent else ""
         lines.append(f"  from latent {segment.latent:4}, frame {frame:5}, {frame / config.fps:6.1f} s{moved}: "
-                     f"{_shorten(segment.prompt)}")
+                     f"{shorten(segment.prompt, SHOWN)}")
     for segment in timeline.dropped:
         why = "another prompt begins in the same block and wins" if segment.latent < timeline.latents \
             else "the video ends before its block"
-        lines.append(f"  never shown, {why}: from latent {segment.asked}: {_shorten(segment.prompt)}")
+        lines.append(f"  never shown, {why}: from latent {segment.asked}: {shorten(segment.prompt, SHOWN)}")
     return lines
-
-
-def _shorten(prompt: str, width: int = 90) -> str:
-    return prompt if len(prompt) <= width else prompt[: width - 1] + "…"
 
 
 def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
@@ -216,19 +213,19 @@ def _record(job: Job, writer: Mp4Writer, there: int, times: VideoTimes, config: 
 
 
 def _progress(job: Job, config: Config, show: bool) -> tqdm:
-    return tqdm(total=job.timeline.frames / config.fps, desc=job.path.stem, disable=not show, leave=True,
+    """Counts frames, for sums of seconds miss their total; shows seconds."""
+    return tqdm(total=job.timeline.frames, unit_scale=1 / config.fps, desc=job.path.stem, disable=not show, leave=True,
                 bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n:.1f}/{total:.1f} s [{elapsed}<{remaining}{postfix}]")
 
 
 def _advance(bar: tqdm, frames: int, start: float, engine: Engine) -> None:
     if bar.disable:
         return
-    fps = engine.config.fps
-    bar.update(frames / fps)
-    speed = bar.n * fps / (time.perf_counter() - start)
+    bar.update(frames)
+    speed = bar.n / (time.perf_counter() - start)
     gpu = peak_gpu(engine.device)
     memory = f", {gpu / 2**30:.1f} GiB GPU" if gpu else ""
-    bar.set_postfix_str(f"{speed:.1f} frames/s, {speed / fps:.2f}x real time{memory}")
+    bar.set_postfix_str(f"{speed:.1f} frames/s, {speed / engine.config.fps:.2f}x real time{memory}")
 
 
 def write_sidecar(job: Job, times: VideoTimes, config: Config, complete: bool) -> None:

@@ -237,13 +237,12 @@ def test_prompt_may_hold_any_character_but_a_newline(run_here, tmp_path):
     assert told == prompts
 
 
-def test_prompt_too_long_says_how_long_and_what_is_cut(run_here, tmp_path):
-    prompt = "a red ball " * 300 + "and at last the dragon"
-    outcome = run_here(inference, "--prompt", prompt, "--num-output-frames", "3")
+def test_prompt_too_long_says_which_and_how_long_and_where_it_is_cut(run_here, tmp_path):
+    outcome = run_here(inference, "--prompt", "the dragon " + "and a red ball " * 3000, "--num-output-frames", "3")
     assert outcome.code == 0
     line = next(line for line in outcome.err.splitlines() if "tokens" in line)
-    assert "the first 512 are used" in line and "and at last the dragon'" in line
-    assert int(line.split(" tokens")[0].split()[-1]) > 512
+    assert "Prompt 'the dragon and a red ball" in line and "the first 512 are used; cut off: '" in line
+    assert int(line.split(" tokens")[0].split()[-1]) > 512 and len(line) < 250
 
 
 def test_names_from_any_prompt_are_valid_and_distinct(run_here, tmp_path):

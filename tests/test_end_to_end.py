@@ -139,6 +139,14 @@ def test_description_alone_makes_the_same_video_again(make, tmp_path, monkeypatc
     assert (read_frames(elsewhere / "0000-0.mp4") == read_frames(folder / "0000-0.mp4")).all()
 
 
+def test_progress_bar_ends_at_the_length(make, capsys, recwarn):
+    """Sums of a block's seconds would be more than that at such a rate."""
+    make(inference, "--prompt", "a", "--num-output-frames", 12, "fps=17")
+    err = capsys.readouterr().err
+    assert "100%|" in err and "| 2.6/2.6 s [" in err
+    assert not [warning for warning in recwarn if "clamping" in str(warning.message)]
+
+
 def test_profile_has_every_stage(make, tmp_path, capsys):
     make(interactive_inference, "--prompt", "a", "--prompt", "b", "--profile", tmp_path / "profile.json")
     totals = json.loads((tmp_path / "profile.json").read_text())["totals"]

@@ -177,3 +177,8 @@ def check_story(story: Story) -> Story:
 def _is_unicode(text: str) -> bool:
     """Whether a text has no surrogates, which JSON's \\ud800 and odd bytes on a command line leave in one."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def shorten(prompt: str, width: int) -> str:
+    """A prompt, or the beginning of one that is longer than `width` characters."""
+    return prompt if len(prompt) <= width else prompt[: width - 1] + "…"
