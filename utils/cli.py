@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -180,6 +181,7 @@ def guarded(work: Callable[[], None]) -> int:
             return _fail(str(error))
         if mendable := _mendable(error):
             return _fail(mendable)
+        _has_last_word()
         traceback.print_exc()
         return EXIT_FAILED
     return EXIT_DONE
@@ -198,8 +200,24 @@ def _mendable(error: Exception) -> str:
     return ""
 
 
+def _has_last_word() -> bool:
+    """Whether it is for this process to say why it ends: of several that `scripts/several_processes.py` runs the first
+    that fails does, for the others meet the same or are ended by torchrun."""
+    mark = os.environ.get("LONGLIVE_LAST_WORD")
+    if mark is None:
+        return True
+    try:
+        Path(mark).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # better twice than never
+    return True
+
+
 def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    if _has_last_word():
+        sys.stderr.write(line + "\n")
 
 
 def _fail(message: str) -> int:
