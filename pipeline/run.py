@@ -42,8 +42,10 @@ def run(task: Task, stories: list[Story]) -> None:
         reports = _make(jobs, task, ranks)
         if ranks.is_first:
             sys.stdout.write(table(reports, config.fps) + "\n")
-            if task.profile is not None:
-                _write_profile(task.profile, reports)
+    else:
+        reports = [RankReport()]
+    if ranks.is_first and task.profile is not None:
+        _write_profile(task.profile, reports)
     ranks.close()
 
 
@@ -59,7 +61,7 @@ def _show_plans(jobs: list[Job], task: Task) -> None:
         for line in describe(job, task.config):
             log.info("%s", line)
     if len(jobs) > PLANS_SHOWN:
-        log.info("… and %d more videos", len(jobs) - PLANS_SHOWN)
+        log.info("… and %d more", len(jobs) - PLANS_SHOWN)
 
 
 def _make(jobs: list[Job], task: Task, ranks: Ranks) -> list[RankReport]:

@@ -155,6 +155,13 @@ def test_profile_has_every_stage(make, tmp_path, capsys):
     assert "frames/s end to end" in capsys.readouterr().out
 
 
+def test_profile_is_written_where_there_is_nothing_to_make(make, tmp_path):
+    make(inference, "--prompt", "a")
+    make(inference, "--prompt", "a", "--profile", tmp_path / "profile.json")
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    assert profile["totals"]["videos"] == 0 and profile["ranks"][0]["videos"] == []
+
+
 def test_endless_works_in_both_front_ends(make):
     relative = "model_kwargs.use_infinite_attention=true"
     args = ["--num-output-frames", 24]

@@ -55,7 +55,7 @@ def test_two_processes_make_every_video_once_as_one_process_does(tiny_yaml, tmp_
     for video in videos:
         assert second.err.count(f"{video.relative_to(tmp_path)} is there already, skipped") == 1
     assert [video.stat().st_mtime_ns for video in videos] == times
-    assert "1 videos, 3 latents, 9 frames" in second.out
+    assert "1 video, 3 latents, 9 frames" in second.out
     assert len(read_frames(tmp_path / "two/0003-0.mp4")) == 9
 
 
