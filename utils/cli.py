@@ -16,7 +16,7 @@ from pathlib import Path
 from utils.config import Config, load_config, nearest
 from utils.errors import UserError
 from utils.interrupts import raise_interrupts
-from utils.paths import find_file, read_text
+from utils.paths import find_file
 from utils.prompts import LONGEST_SECONDS, Story, check_story
 from wan.geometry import frames_of
 
@@ -139,8 +139,8 @@ def _description(path: str) -> Path:
     mend = "give the .json that lies beside an .mp4"
     found = find_file(path, "--remake", mend)
     try:
-        about = json.loads(read_text(found))
-    except ValueError:
+        about = json.loads(found.read_bytes())
+    except (ValueError, RecursionError):
         about = None
     told = about.get("request") if isinstance(about, dict) else None
     if not (isinstance(told, dict) and "prompts" in told and isinstance(about.get("config"), dict)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import MappingNode, YAMLError, compose
 
@@ -167,10 +167,15 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 
 
 def _nested(loaded: DictConfig, where: str) -> DictConfig:
+    """What was loaded. Raises UserError where a key that holds others, or a list, is something else: OmegaConf's own
+    words for that name its classes."""
     for key, kind in NESTED.items():
         if not isinstance(loaded.get(key, {}), (dict, DictConfig)):
             raise UserError(f"{where}: {key} holds keys of its own, such as {key}.{dataclasses.fields(kind)[0].name}; "
                             f"it can't be {loaded[key]}")
+    steps = loaded.get("denoising_step_list", [])
+    if not isinstance(steps, (list, ListConfig)):
+        raise UserError(f"{where}: denoising_step_list={steps} must be a list, such as [1000, 750, 500, 250]")
     return loaded
 
 

@@ -153,19 +153,20 @@ def check_story(story: Story) -> Story:
     need(durations is None or story.num_output_frames is None,
          "give durations or num_output_frames, not both: the durations add up to the length")
     need(switches is None or (isinstance(switches, list) and all(map(whole, switches))),
-         f"switch_frame_indices must be a list of whole numbers (latents), got {switches}")
+         f"switch_frame_indices must be a list of whole numbers (latents), got {json.dumps(switches)}")
     if durations is not None:
         numbers = isinstance(durations, list) and all(
             isinstance(d, (int, float)) and not isinstance(d, bool) and 0 < d <= LONGEST_SECONDS for d in durations)
-        need(numbers, f"durations must be a list of seconds above 0 and at most {LONGEST_SECONDS:,}, got {durations}")
+        need(numbers, f"durations must be a list of seconds above 0 and at most {LONGEST_SECONDS:,}, "
+                      f"got {json.dumps(durations)}")
         need(len(durations) == len(prompts), f"{len(prompts)} prompts need {len(prompts)} durations, "
                                              f"got {len(durations)}")
     need(story.num_output_frames is None or (whole(story.num_output_frames) and story.num_output_frames > 0),
-         f"num_output_frames must be a whole number of latents above 0, got {story.num_output_frames}")
+         f"num_output_frames must be a whole number of latents above 0, got {json.dumps(story.num_output_frames)}")
     need(story.seed is None or (whole(story.seed) and 0 <= story.seed < 2**63),
-         f"seed must be a whole number from 0 to 2^63-1, got {story.seed}")
+         f"seed must be a whole number from 0 to 2^63-1, got {json.dumps(story.seed)}")
     name = story.name
-    need(name is None or isinstance(name, str), f"name must be a text, got {name}")
+    need(name is None or isinstance(name, str), f"name must be a text, got {json.dumps(name)}")
     if name is not None:
         plain = name.isprintable() and not set(name) & set('/\\:*?"<>|') and not name.startswith(".") \
             and not name.endswith(".partial")  # what a video is called until it is whole
