@@ -9,7 +9,7 @@ import logging
 import platform
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,15 @@ SHOWN = 90  # characters of a prompt in a plan
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make: `path` is its MP4, `request` all that decides what it shows."""
+    """One video to make: `path` is its MP4, `request` all that decides what it shows. overwrite: the file of another
+    request may be replaced."""
 
     path: Path
     timeline: Timeline
     seed: int
     sample: int
     request: dict[str, Any]
+    overwrite: bool = False
 
     @property
     def sidecar(self) -> Path:
@@ -66,7 +68,7 @@ def plan_jobs(stories: list[Story], config: Config, frames: int, weights: dict[s
             if done:
                 finished.append(path)
             else:
-                jobs.append(Job(path, timeline, seed, sample, request))
+                jobs.append(Job(path, timeline, seed, sample, request, overwrite))
     return jobs, finished
 
 
@@ -138,7 +140,7 @@ def remake_job(path: Path, config: Config, weights: dict[str, str], overwrite: b
         log.warning("%s was made with other weights in %s; the video will differ", path, ", ".join(changed))
     request = request_of(timeline, seed, sample, config, weights)
     file, done = _free_path(Path(config.output_folder), path.stem, request, overwrite, set())
-    return ([], [file]) if done else ([Job(file, timeline, seed, sample, request)], [])
+    return ([], [file]) if done else ([Job(file, timeline, seed, sample, request, overwrite)], [])
 
 
 def describe(job: Job, config: Config) -> list[str]:
@@ -161,6 +163,7 @@ def describe(job: Job, config: Config) -> list[str]:
 def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
     """Makes one video: its MP4, and beside it a JSON that says how. Whatever stops it, what was made is kept; a longer
     video of the same request, which begins with the same frames, stays in its place."""
+    job = _renamed(job)
     config, timeline = engine.config, job.timeline
     times = VideoTimes(job.path.stem)
     start = time.perf_counter()
@@ -186,6 +189,14 @@ def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
                 times.latents, times.stages = session.position, {**session.watch.read(), "encode": [writer.seconds]}
             _record(job, writer, there, times, config)
     return times
+
+
+def _renamed(job: Job) -> Job:
+    """The job, with another name where another run has made a video of that name since it was planned."""
+    path, _ = _free_path(job.path.parent, job.path.stem, job.request, job.overwrite, set())
+    if path != job.path:
+        log.warning("%s was made by another run meanwhile; this video is %s", job.path, path)
+    return replace(job, path=path)
 
 
 def _frames_there(job: Job) -> int:

@@ -10,6 +10,7 @@ import pytest
 import inference
 import interactive_inference
 from demo.random_checkpoint import write
+from pipeline.engine import Engine
 from tests.conftest import REPOSITORY, TINY
 from tests.frames import decode_errors, read_frames
 
@@ -120,6 +121,22 @@ def test_another_request_never_overwrites_a_video(make):
     assert (folder / "0000-0-2.mp4").exists()
     make(inference, "--prompt", "b")
     assert not (folder / "0000-0-3.mp4").exists()
+
+
+def test_another_run_that_takes_the_name_meanwhile_keeps_it(make, monkeypatch, caplog):
+    """Both are planned before either is made."""
+    load, others = Engine.from_config, [("--prompt", "b")]
+
+    def meanwhile(*args) -> Engine:
+        if others:
+            make(inference, *others.pop())
+        return load(*args)
+
+    monkeypatch.setattr(Engine, "from_config", meanwhile)
+    folder = make(inference, "--prompt", "a")
+    told = {path.stem: json.loads(path.read_text())["plan"][0]["prompt"] for path in folder.glob("*.json")}
+    assert told == {"0000-0": "b", "0000-0-2": "a"}
+    assert "0000-0.mp4 was made by another run meanwhile; this video is out/0000-0-2.mp4" in caplog.text
 
 
 def test_unfinished_video_is_made_again(make):
