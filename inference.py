@@ -15,7 +15,7 @@ EXAMPLES = """examples:
   python inference.py --remake videos/long/0000-0.json --output-folder elsewhere
 
 A latent is 4 frames (the first: 1), a block is num_frame_per_block latents: 3 latents are 9 frames at the start of a
-video and 12 after it. Videos that exist already are skipped, so a stopped run goes on where it was.
+video and 12 after it. Videos that exist already are skipped; one that was cut off is made again from its start.
 Every key of the config is in configs/inference.yaml."""
 
 

@@ -17,7 +17,7 @@ Each line of the JSONL is one video and stands alone:
   {"prompts": ["a red ball", "a blue ball"], "switch_frame_indices": [42]}          in latents
   {"prompts": ["a red ball", "a blue ball"], "durations": [5, 10.5], "seed": 3, "name": "balls"}
 Also: "num_output_frames" (latents). A prompt takes hold at the first block that starts at or after its time.
-Videos that exist already are skipped, so a stopped run goes on where it was."""
+Videos that exist already are skipped; one that was cut off is made again from its start."""
 
 
 def stories(task: Task) -> list[Story]:

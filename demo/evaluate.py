@@ -11,6 +11,7 @@ by --only and --share. Nothing there tells one model from another: give each its
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,36 +26,63 @@ from demo.evaluation.plan import ARMS, DRAWN, GROUPS, MAIN, PROMPT, TIMELINE, Ta
 from demo.judge import WEIGHTS, WINDOW, Judge
 from demo.world import FPS
 from pipeline.engine import Engine
-from utils.cli import guarded
+from utils.cli import Parser, guarded
 from utils.config import load_config
+from utils.device import pick_device
 from utils.errors import UserError
+from utils.paths import find_file
+from utils.prompts import LONGEST_SECONDS
+from utils.video import check_writable
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("config", nargs="?", default="configs/demo.yaml")
+    """Raises UserError for a command line that does not make sense."""
+    parser = Parser(prog="python -m demo.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("config", nargs="?", default="configs/demo.yaml", help="YAML config")
     parser.add_argument("overrides", nargs="*", help="key=value of the config")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--judge", type=Path, default=WEIGHTS)
-    parser.add_argument("--prompts", type=int, default=208)
-    parser.add_argument("--timelines", type=int, default=64)
+    parser.add_argument("--out", type=Path, required=True, default=argparse.SUPPRESS,
+                        help="folder of the films, their numbers and the report")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--judge", type=Path, default=WEIGHTS, help="weights of the judge")
+    parser.add_argument("--prompts", type=int, default=208, help="films of held-out prompts")
+    parser.add_argument("--timelines", type=int, default=64, help="films whose prompt switches")
     parser.add_argument("--seconds", type=float, default=240, help="of each prompt's film")
     parser.add_argument("--timeline-seconds", type=float, default=60, help="of each timeline, at most --seconds")
     parser.add_argument("--ablation-prompts", type=int, default=64, help="so many prompts in the other arms")
     parser.add_argument("--batch", type=int, default=64, help="films made together")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of prompts, timelines and noise")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that write and read MP4s")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP",
                         help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th batch, from the I-th on")
     parser.add_argument("--report", action="store_true", help="only tables and pictures of what is there")
     parser.add_argument("--story", type=int, default=0, help="the timeline of the animated picture")
-    args = parser.parse_args(argv)
-    if args.seconds * FPS < 2 * WINDOW + 8:
-        parser.error(f"--seconds {args.seconds:g} is too short, the judge needs two windows of {WINDOW} frames; give "
-                     f"at least 6")
+    args = parser.parse_intermixed_args(argv)
+    for option, least in (("prompts", 0), ("timelines", 0), ("ablation_prompts", 0), ("batch", 1), ("seed", 0),
+                          ("workers", 1), ("story", 0)):
+        if (value := getattr(args, option)) < least:
+            raise UserError(f"--{option.replace('_', '-')} {value} must be at least {least}")
+    if not 2 * WINDOW + 8 <= args.seconds * FPS <= LONGEST_SECONDS * FPS:
+        raise UserError(f"--seconds {args.seconds:g}: the judge needs two windows of {WINDOW} frames; give from 6 to "
+                        f"{LONGEST_SECONDS:,}")
+    if not 0 < args.timeline_seconds <= LONGEST_SECONDS:
+        raise UserError(f"--timeline-seconds {args.timeline_seconds:g} must be above 0 and at most "
+                        f"{LONGEST_SECONDS:,}")
+    args.share = _share(args.share)
+    if not args.report:
+        args.judge = find_file(str(args.judge), "--judge", "give the weights that python -m demo.judge train writes")
+        pick_device(args.device)
+        check_writable(args.out, "--out")
     return args
+
+
+def _share(text: str) -> tuple[int, int]:
+    """I and N of --share."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise UserError(f"--share {text} must be I/N with I below N: 0/2 and 1/2 for two processes")
+    return int(found[1]), int(found[2])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,7 +105,7 @@ def make(args: argparse.Namespace) -> None:
     films += plan.timelines(args.timelines, min(args.timeline_seconds, args.seconds), args.seed, block)
     every = list(plan.tasks(films, args.only, args.batch, args.ablation_prompts,
                             config.model_kwargs.use_infinite_attention))
-    index, count = map(int, args.share.split("/"))
+    index, count = args.share
     parts = args.out / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     todo = [task for task in every[index::count] if not _is_measured(parts / f"{task.name}.json", task)]

@@ -14,6 +14,7 @@ from pipeline.session import Session
 from utils.config import Config, load_config
 from utils.device import keep_freed_memory, memory_free, pick_device, pick_dtype, same_on_any_thread_count
 from utils.errors import UserError
+from utils.prompts import shorten
 from wan.geometry import PIXELS
 from wan.model import CausalWan
 from wan.text_encoder import TextEncoder
@@ -72,7 +73,9 @@ class Engine:
             encoder = self._load_text()
             device = self._place(encoder.model)
             encoder.model.to(device)
-            log.info("Text encoder: %.1f GB on %s", _size(encoder.model) / 1e9, device)
+            size = _size(encoder.model)
+            told = f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+            log.info("Text encoder: %s on %s", told, device)
             self._text_encoder = encoder
         return self._text_encoder
 
@@ -88,8 +91,8 @@ class Engine:
             start = time.perf_counter()
             count, cut = self.text_encoder.overflow(prompt)
             if cut:
-                log.warning("Prompt has %d tokens, the first %d are used; cut off: %r", count,
-                            self.text_encoder.max_tokens, cut)
+                log.warning("Prompt %r has %d tokens, the first %d are used; cut off: %r",
+                            shorten(prompt, 40), count, self.text_encoder.max_tokens, shorten(cut, 80))
             embeds = self.text_encoder(prompt)
             if embeds.shape[-1] != self.generator.config.text_dim:
                 raise UserError(f"the text encoder gives {embeds.shape[-1]} numbers a token, the generator needs "

@@ -140,6 +140,13 @@ def fingerprints(config: Config) -> dict[str, str]:
     return {name: fingerprint(file) for name, file in files.items()}
 
 
+def check_ema(config: Config) -> None:
+    """Raises UserError where `use_ema` asks for what `generator_ckpt` does not have. Its tensors are not read."""
+    if config.use_ema and config.generator_ckpt is not None:
+        path = find_file(config.generator_ckpt, "generator_ckpt", GET)
+        pick_generator(read(path), config.use_ema, path)
+
+
 def load_generator(config: Config, base: BaseModel, dtype: torch.dtype) -> CausalWan:
     """The generator on the CPU, LoRAs merged. Raises UserError for a file that is missing, broken or does not fit."""
     with torch.device("meta"):

@@ -9,7 +9,7 @@ import logging
 import platform
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.timeline import Segment, Timeline
 from utils.config import Config
 from utils.errors import UserError
 from utils.interrupts import held
-from utils.prompts import Story
+from utils.prompts import Story, shorten
 from utils.report import VideoTimes, peak_gpu
 from utils.video import Mp4Writer
 from wan.geometry import first_frame, frames_of
@@ -29,33 +29,37 @@ from wan.geometry import first_frame, frames_of
 log = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
+SHOWN = 90  # characters of a prompt in a plan
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make: `path` is its MP4, `request` all that decides what it shows."""
+    """One video to make: `path` is its MP4, `request` all that decides what it shows. overwrite: the file of another
+    request may be replaced."""
 
     path: Path
     timeline: Timeline
     seed: int
     sample: int
     request: dict[str, Any]
+    overwrite: bool = False
 
     @property
     def sidecar(self) -> Path:
         return self.path.with_suffix(".json")
 
 
-def plan_jobs(stories: list[Story], config: Config, frames: int, weights: dict[str, str],
-              overwrite: bool) -> tuple[list[Job], list[Path]]:
-    """The videos to make, in order, and those that exist already, made by the same request.
+def plan_jobs(stories: list[Story], config: Config, frames: int, weights: dict[str, str], overwrite: bool,
+              overrule: bool = False) -> tuple[list[Job], list[Path]]:
+    """The videos to make, in order, and those that exist already, made by the same request. `frames`, `overrule`: as
+    `Story.timeline` has them.
 
     A file that another request made is never overwritten, unless `overwrite`: the new video is called NAME-2.
     """
     folder = Path(config.output_folder)
     jobs, finished, taken = [], [], set()
     for number, story in enumerate(stories if config.inference_iter == -1 else stories[:config.inference_iter]):
-        timeline = story.timeline(config, frames)
+        timeline = story.timeline(config, frames, overrule)
         seed = config.seed if story.seed is None else story.seed
         for sample in range(config.num_samples):
             request = request_of(timeline, seed, sample, config, weights)
@@ -64,7 +68,7 @@ def plan_jobs(stories: list[Story], config: Config, frames: int, weights: dict[s
             if done:
                 finished.append(path)
             else:
-                jobs.append(Job(path, timeline, seed, sample, request))
+                jobs.append(Job(path, timeline, seed, sample, request, overwrite))
     return jobs, finished
 
 
@@ -136,7 +140,7 @@ def remake_job(path: Path, config: Config, weights: dict[str, str], overwrite: b
         log.warning("%s was made with other weights in %s; the video will differ", path, ", ".join(changed))
     request = request_of(timeline, seed, sample, config, weights)
     file, done = _free_path(Path(config.output_folder), path.stem, request, overwrite, set())
-    return ([], [file]) if done else ([Job(file, timeline, seed, sample, request)], [])
+    return ([], [file]) if done else ([Job(file, timeline, seed, sample, request, overwrite)], [])
 
 
 def describe(job: Job, config: Config) -> list[str]:
@@ -148,26 +152,26 @@ def describe(job: Job, config: Config) -> list[str]:
         frame = first_frame(segment.latent)
         moved = f" (asked for {segment.asked}, moved to the next block)" if segment.asked != segment.latent else ""
         lines.append(f"  from latent {segment.latent:4}, frame {frame:5}, {frame / config.fps:6.1f} s{moved}: "
-                     f"{_shorten(segment.prompt)}")
+                     f"{shorten(segment.prompt, SHOWN)}")
     for segment in timeline.dropped:
         why = "another prompt begins in the same block and wins" if segment.latent < timeline.latents \
             else "the video ends before its block"
-        lines.append(f"  never shown, {why}: from latent {segment.asked}: {_shorten(segment.prompt)}")
+        lines.append(f"  never shown, {why}: from latent {segment.asked}: {shorten(segment.prompt, SHOWN)}")
     return lines
 
 
-def _shorten(prompt: str, width: int = 90) -> str:
-    return prompt if len(prompt) <= width else prompt[: width - 1] + "…"
-
-
 def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
-    """Makes one video: its MP4, and beside it a JSON that says how. Whatever stops it, what was made is kept."""
+    """Makes one video: its MP4, and beside it a JSON that says how. Whatever stops it, what was made is kept; a longer
+    video of the same request, which begins with the same frames, stays in its place."""
+    job = _renamed(job)
     config, timeline = engine.config, job.timeline
     times = VideoTimes(job.path.stem)
     start = time.perf_counter()
     session, sent = None, 0
     with held() as hold:  # a Ctrl-C stops the work, never the finishing of the two files
-        writer = Mp4Writer(job.path, width=config.width, height=config.height, fps=config.fps, crf=config.crf)
+        there = _frames_there(job)
+        writer = Mp4Writer(job.path, width=config.width, height=config.height, fps=config.fps, crf=config.crf,
+                           at_least=there)
         try:
             with writer, _progress(job, config, show_progress) as bar:
                 with hold.lifted():
@@ -183,18 +187,35 @@ def render(engine: Engine, job: Job, show_progress: bool = True) -> VideoTimes:
             times.wall, times.frames = time.perf_counter() - start, writer.frames
             if session is not None:
                 times.latents, times.stages = session.position, {**session.watch.read(), "encode": [writer.seconds]}
-            _record(job, writer, times, config)
+            _record(job, writer, there, times, config)
     return times
 
 
-def _record(job: Job, writer: Mp4Writer, times: VideoTimes, config: Config) -> None:
-    """Writes the JSON of a video that has its name; says where one is that stopped early."""
+def _renamed(job: Job) -> Job:
+    """The job, with another name where another run has made a video of that name since it was planned."""
+    path, _ = _free_path(job.path.parent, job.path.stem, job.request, job.overwrite, set())
+    if path != job.path:
+        log.warning("%s was made by another run meanwhile; this video is %s", job.path, path)
+    return replace(job, path=path)
+
+
+def _frames_there(job: Job) -> int:
+    """Frames of the video of the same request that has the name now; 0 where there is none."""
+    about = _read_sidecar(job.sidecar)
+    frames = about.get("frames")
+    same = about.get("request") == job.request and isinstance(frames, int) and job.path.exists()
+    return min(frames, job.timeline.frames) if same else 0
+
+
+def _record(job: Job, writer: Mp4Writer, there: int, times: VideoTimes, config: Config) -> None:
+    """Writes the JSON of a video that has its name; says where one is that stopped early. there: frames of the same
+    video that the name had before."""
     complete = writer.file == job.path and writer.frames == job.timeline.frames
     if complete:
         write_sidecar(job, times, config, complete)
         return
-    log.warning("Stopped after %d of %d frames%s", writer.frames, job.timeline.frames,
-                f"; they are in {writer.file}" if writer.file else "")
+    place = f"; they are in {writer.file}" if writer.file else f"; {job.path} keeps the {there} it had" if there else ""
+    log.warning("Stopped after %d of %d frames%s", writer.frames, job.timeline.frames, place)
     if writer.file == job.path:
         try:
             write_sidecar(job, times, config, complete)
@@ -203,19 +224,19 @@ def _record(job: Job, writer: Mp4Writer, times: VideoTimes, config: Config) -> N
 
 
 def _progress(job: Job, config: Config, show: bool) -> tqdm:
-    return tqdm(total=job.timeline.frames / config.fps, desc=job.path.stem, disable=not show, leave=True,
+    """Counts frames, for sums of seconds miss their total; shows seconds."""
+    return tqdm(total=job.timeline.frames, unit_scale=1 / config.fps, desc=job.path.stem, disable=not show, leave=True,
                 bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n:.1f}/{total:.1f} s [{elapsed}<{remaining}{postfix}]")
 
 
 def _advance(bar: tqdm, frames: int, start: float, engine: Engine) -> None:
     if bar.disable:
         return
-    fps = engine.config.fps
-    bar.update(frames / fps)
-    speed = bar.n * fps / (time.perf_counter() - start)
+    bar.update(frames)
+    speed = bar.n / (time.perf_counter() - start)
     gpu = peak_gpu(engine.device)
     memory = f", {gpu / 2**30:.1f} GiB GPU" if gpu else ""
-    bar.set_postfix_str(f"{speed:.1f} frames/s, {speed / fps:.2f}x real time{memory}")
+    bar.set_postfix_str(f"{speed:.1f} frames/s, {speed / engine.config.fps:.2f}x real time{memory}")
 
 
 def write_sidecar(job: Job, times: VideoTimes, config: Config, complete: bool) -> None:

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 from pipeline.engine import Engine
-from pipeline.loading import fingerprints
+from pipeline.loading import check_ema, fingerprints
 from pipeline.render import Job, describe, plan_jobs, remake_job, render
 from utils.cli import Task
+from utils.device import pick_device
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.prompts import Story
@@ -34,6 +35,8 @@ def run(task: Task, stories: list[Story]) -> None:
     check_writable(Path(config.output_folder))
     if task.profile is not None:
         check_writable(task.profile.parent, "--profile")
+    for device in (config.device, config.text_encoder_device):
+        pick_device(device, ranks.local)
     jobs, finished = ranks.from_first(lambda: _plan(task, stories))
     for path in finished:
         log.info("%s is there already, skipped (--overwrite makes it again)", path)
@@ -42,16 +45,19 @@ def run(task: Task, stories: list[Story]) -> None:
         reports = _make(jobs, task, ranks)
         if ranks.is_first:
             sys.stdout.write(table(reports, config.fps) + "\n")
-            if task.profile is not None:
-                _write_profile(task.profile, reports)
+    else:
+        reports = [RankReport()]
+    if ranks.is_first and task.profile is not None:
+        _write_profile(task.profile, reports)
     ranks.close()
 
 
 def _plan(task: Task, stories: list[Story]) -> tuple[list[Job], list[Path]]:
     weights = fingerprints(task.config)
+    check_ema(task.config)
     if task.remake is not None:
         return remake_job(task.remake, task.config, weights, task.overwrite)
-    return plan_jobs(stories, task.config, task.frames, weights, task.overwrite)
+    return plan_jobs(stories, task.config, task.frames, weights, task.overwrite, task.overrule)
 
 
 def _show_plans(jobs: list[Job], task: Task) -> None:
@@ -59,7 +65,7 @@ def _show_plans(jobs: list[Job], task: Task) -> None:
         for line in describe(job, task.config):
             log.info("%s", line)
     if len(jobs) > PLANS_SHOWN:
-        log.info("… and %d more videos", len(jobs) - PLANS_SHOWN)
+        log.info("… and %d more", len(jobs) - PLANS_SHOWN)
 
 
 def _make(jobs: list[Job], task: Task, ranks: Ranks) -> list[RankReport]:

@@ -14,6 +14,7 @@ ensure_env() {
   local requirements="$ROOT/$1" venv="$ROOT/.venv" base made
   if [ -n "${LONGLIVE_PYTHON:-}" ]; then
     PYTHON="$LONGLIVE_PYTHON"
+    command -v "$PYTHON" >/dev/null || fail "LONGLIVE_PYTHON=$PYTHON: no such program; give the path of a Python"
     return
   fi
   base="$(command -v python3 || command -v python)" || fail "no python3 on the PATH; install Python 3.10 or newer"
@@ -72,7 +73,7 @@ run_front_end() {
   if [ "$processes" -gt 1 ]; then
     # torchrun gives each process one thread where this is not set; the text encoder may run on the CPU.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_each "$processes")}"
-    exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" "$program" "$@"
+    exec "$PYTHON" "$ROOT/scripts/several_processes.py" "$processes" "$program" "$@"
   fi
   exec "$PYTHON" "$program" "$@"
 }

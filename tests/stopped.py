@@ -29,18 +29,20 @@ def assert_kept(videos: Path, frames: int) -> None:
     assert about["complete"] is False and about["frames"] == frames
 
 
-def assert_made_by_the_next_run(run_here, videos: Path) -> None:
-    """The same command makes the whole video in the same place and leaves nothing beside it."""
+def assert_made_by_the_next_run(run_here, videos: Path, *beside: str) -> None:
+    """The same command makes the whole video in the same place and leaves nothing beside it but the files `beside`."""
     outcome = run_here(inference, *BALL)
     assert outcome.code == 0, outcome.err
-    assert names(videos) == ["0000-0.json", "0000-0.mp4"]
+    assert names(videos) == sorted(["0000-0.json", "0000-0.mp4", *beside])
     assert len(read_frames(videos / "0000-0.mp4")) == FRAMES[-1] and decode_errors(videos / "0000-0.mp4") == ""
     assert description(videos)["complete"] is True
 
 
 def assert_interrupted(outcome: Outcome) -> None:
     assert outcome.code == 130, outcome.err
-    assert outcome.err.strip().splitlines()[-1].startswith("interrupted; run the same command again")
+    assert outcome.err.strip().splitlines()[-1] == (
+        "interrupted; run the same command again to go on: videos that are whole are skipped, one that was cut off is "
+        "made again from its start")
     assert "Traceback" not in outcome.err and "error:" not in outcome.err
 
 

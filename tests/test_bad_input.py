@@ -7,7 +7,7 @@ import torch
 
 import inference
 import interactive_inference
-from tests.conftest import assert_complains
+from tests.conftest import REPOSITORY, assert_complains
 from tests.frames import read_frames
 
 BALL = ("--prompt", "a red ball")
@@ -23,7 +23,8 @@ BALL = ("--prompt", "a red ball")
     ("height: tall", ["height: Value 'tall'", "Integer"]),
     ("height: 32.5", ["height: Value '32.5'", "Integer"]),
     ("height:", ["height", "None"]),
-    ("denoising_step_list: 1000", ["denoising_step_list"]),
+    ("denoising_step_list: 1000", ["denoising_step_list=1000 must be a list, such as [1000, 750, 500, 250]"]),
+    ("denoising_step_list:", ["denoising_step_list=None must be a list"]),
     ("model_kwargs: 12", ["model_kwargs holds keys of its own", "12"]),
     ("lora_ckpt: 12", ["lora_ckpt must be a path"]),
     ("lora_ckpt: [{pth: a.pt}]", ["lora_ckpt: unknown key pth", "did you mean path?"]),
@@ -78,6 +79,17 @@ def test_value_out_of_range(run_here, override, words):
     assert_complains(run_here(inference, *BALL, override), *words)
 
 
+@pytest.mark.parametrize("override, words", [
+    ("device=gpu", ["device=gpu", "auto, cpu, cuda or cuda:N"]),
+    ("text_encoder_device=gpu", ["device=gpu", "auto, cpu, cuda or cuda:N"]),
+    ("use_ema=true", ["no generator_ema in it", "set use_ema: false"]),
+])
+def test_what_can_not_work_is_said_before_the_plan(run_here, override, words):
+    outcome = run_here(inference, *BALL, override)
+    assert_complains(outcome, *words)
+    assert outcome.err.count("\n") == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_no_gpu_here(run_here, device):
@@ -89,6 +101,14 @@ def test_no_gpu_here(run_here, device):
 def test_length_on_the_command_line_is_rounded_up_and_trimmed(run_here, tmp_path, args, frames):
     assert run_here(inference, *BALL, *args).code == 0
     assert len(read_frames(tmp_path / "videos/0000-0.mp4")) == frames
+
+
+def test_default_length_is_checked_only_where_it_counts(run_here, tmp_path):
+    blocks = ["num_frame_per_block=4", "model_kwargs.sink_size=4"]
+    assert_complains(run_here(inference, *BALL, *blocks), "num_output_frames=6 is not a multiple")
+    for length, frames in ((["--seconds", 1], 16), (["--num-output-frames", 5], 17)):
+        assert run_here(inference, *BALL, *blocks, *length, "--overwrite").code == 0
+        assert len(read_frames(tmp_path / "videos/0000-0.mp4")) == frames
 
 
 # Command lines
@@ -131,6 +151,19 @@ def test_remake_of_something_else(run_here, tiny_yaml, tmp_path, contents):
     (tmp_path / "my.json").write_text(contents)
     assert_complains(run_here(inference, "--remake", "my.json"), "--remake my.json: not a description of a video",
                      "beside an .mp4")
+
+
+def test_remake_of_the_video_itself(run_here, tmp_path):
+    assert run_here(inference, *BALL, "--seconds", "0.3").code == 0
+    line = run_here(inference, "--remake", "videos/0000-0.mp4", config=None).error_line()
+    assert "videos/0000-0.mp4: not a description of a video; give the .json that lies beside" in line
+
+
+def test_missing_file_names_each_folder_once(run_here, tmp_path, monkeypatch):
+    assert f"(looked in {tmp_path} and {REPOSITORY})" in run_here(inference, "nothing.txt").error_line()
+    assert "looked in" not in run_here(inference, "/nothing.txt").error_line()
+    monkeypatch.chdir(REPOSITORY)
+    assert f"(looked in {REPOSITORY});" in run_here(inference, "nothing.txt").error_line()
 
 
 def test_remake_of_nothing(run_here, tmp_path):
@@ -229,13 +262,12 @@ def test_prompt_may_hold_any_character_but_a_newline(run_here, tmp_path):
     assert told == prompts
 
 
-def test_prompt_too_long_says_how_long_and_what_is_cut(run_here, tmp_path):
-    prompt = "a red ball " * 300 + "and at last the dragon"
-    outcome = run_here(inference, "--prompt", prompt, "--num-output-frames", "3")
+def test_prompt_too_long_says_which_and_how_long_and_where_it_is_cut(run_here, tmp_path):
+    outcome = run_here(inference, "--prompt", "the dragon " + "and a red ball " * 3000, "--num-output-frames", "3")
     assert outcome.code == 0
     line = next(line for line in outcome.err.splitlines() if "tokens" in line)
-    assert "the first 512 are used" in line and "and at last the dragon'" in line
-    assert int(line.split(" tokens")[0].split()[-1]) > 512
+    assert "Prompt 'the dragon and a red ball" in line and "the first 512 are used; cut off: '" in line
+    assert int(line.split(" tokens")[0].split()[-1]) > 512 and len(line) < 250
 
 
 def test_names_from_any_prompt_are_valid_and_distinct(run_here, tmp_path):
@@ -284,11 +316,14 @@ def test_names_from_any_prompt_are_valid_and_distinct(run_here, tmp_path):
     ('{"prompts": ["a", "b"], "durations": [1, NaN]}', ["seconds above 0"]),
     ('{"prompts": ["a", "b"], "durations": [1, 1e9]}', ["at most 1,000,000"]),
     ('{"prompts": ["a", "b"], "durations": [1]}', ["2 prompts need 2 durations, got 1"]),
-    ('{"prompts": ["a", "b"], "durations": [0.01, 1]}', ["prompt 1 lasts 0.01 s", "at least 0.25 s"]),
-    ('{"prompts": ["a", "b"], "durations": [0.8125, 0.01]}', ["prompt 2 lasts 0.01 s", "at least 0.25 s"]),
+    ('{"prompts": ["a", "b"], "durations": [0.01, 1]}', ["prompt 1 lasts 0.01 s", "at least 0.75 s (one block)"]),
+    ('{"prompts": ["a", "b"], "durations": [0.8125, 0.01]}', ["prompt 2 lasts 0.01 s", "at least 0.75 s (one block)"]),
     ('{"prompts": ["a"], "num_output_frames": 0}', ["num_output_frames", "above 0"]),
+    ('{"prompts": ["a"], "num_output_frames": "12"}', ["num_output_frames must be", 'got "12"']),
+    ('{"prompts": ["a", "b"], "switch_frame_indices": "3"}', ["list of whole numbers", 'got "3"']),
+    ('{"prompts": ["a"], "durations": "3"}', ["list of seconds", 'got "3"']),
     ('{"prompts": ["a"], "num_output_frames": 1000000000000}', ["longer than"]),
-    ('{"prompts": ["a"], "seed": "x"}', ["seed must be a whole number", "got x"]),
+    ('{"prompts": ["a"], "seed": "x"}', ["seed must be a whole number", 'got "x"']),
     ('{"prompts": ["a"], "seed": -1}', ["seed must be a whole number", "got -1"]),
     ('{"prompts": ["a"], "seed": 1.5}', ["seed must be a whole number"]),
     ('{"prompts": ["a"], "name": "a/b"}', ["'a/b' can't be a file name"]),

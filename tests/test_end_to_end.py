@@ -10,6 +10,7 @@ import pytest
 import inference
 import interactive_inference
 from demo.random_checkpoint import write
+from pipeline.engine import Engine
 from tests.conftest import REPOSITORY, TINY
 from tests.frames import decode_errors, read_frames
 
@@ -91,6 +92,17 @@ def test_lines_of_a_story_file_may_differ_in_everything(make, tmp_path, caplog):
     assert "from latent    3" in caplog.text and "three.mp4" in caplog.text
 
 
+@pytest.mark.parametrize("length", [["--seconds", "1.3125"], ["--num-output-frames", "6"], ["num_output_frames=6"]])
+def test_length_on_the_command_line_goes_before_that_of_a_story(make, tmp_path, caplog, length):
+    (tmp_path / "stories.jsonl").write_text('{"prompts": ["a", "b"], "num_output_frames": 12}\n'
+                                            '{"prompts": ["a", "b"], "durations": [20, 10]}\n')
+    caplog.set_level("INFO")
+    folder = make(interactive_inference, "stories.jsonl", *length)
+    assert [len(read_frames(folder / f"000{line}-0.mp4")) for line in (0, 1)] == [21, 21]
+    assert "line 1: made 1.3 s long as the command line says, in place of its own 2.8 s\n" in caplog.text
+    assert "line 2: made 1.3 s long as the command line says, in place of its own 30.0 s; durations" in caplog.text
+
+
 def test_second_run_skips_what_is_there_and_overwrite_does_not(make, caplog):
     caplog.set_level("INFO")
     video = make(inference, "--prompt", "a") / "0000-0.mp4"
@@ -111,6 +123,22 @@ def test_another_request_never_overwrites_a_video(make):
     assert not (folder / "0000-0-3.mp4").exists()
 
 
+def test_another_run_that_takes_the_name_meanwhile_keeps_it(make, monkeypatch, caplog):
+    """Both are planned before either is made."""
+    load, others = Engine.from_config, [("--prompt", "b")]
+
+    def meanwhile(*args) -> Engine:
+        if others:
+            make(inference, *others.pop())
+        return load(*args)
+
+    monkeypatch.setattr(Engine, "from_config", meanwhile)
+    folder = make(inference, "--prompt", "a")
+    told = {path.stem: json.loads(path.read_text())["plan"][0]["prompt"] for path in folder.glob("*.json")}
+    assert told == {"0000-0": "b", "0000-0-2": "a"}
+    assert "0000-0.mp4 was made by another run meanwhile; this video is out/0000-0-2.mp4" in caplog.text
+
+
 def test_unfinished_video_is_made_again(make):
     folder = make(inference, "--prompt", "a")
     about = json.loads((folder / "0000-0.json").read_text())
@@ -128,12 +156,27 @@ def test_description_alone_makes_the_same_video_again(make, tmp_path, monkeypatc
     assert (read_frames(elsewhere / "0000-0.mp4") == read_frames(folder / "0000-0.mp4")).all()
 
 
+def test_progress_bar_ends_at_the_length(make, capsys, recwarn):
+    """Sums of a block's seconds would be more than that at such a rate."""
+    make(inference, "--prompt", "a", "--num-output-frames", 12, "fps=17")
+    err = capsys.readouterr().err
+    assert "100%|" in err and "| 2.6/2.6 s [" in err
+    assert not [warning for warning in recwarn if "clamping" in str(warning.message)]
+
+
 def test_profile_has_every_stage(make, tmp_path, capsys):
     make(interactive_inference, "--prompt", "a", "--prompt", "b", "--profile", tmp_path / "profile.json")
     totals = json.loads((tmp_path / "profile.json").read_text())["totals"]
     assert {"denoise", "re-cache", "decode", "encode"} <= set(totals["stages"])
     assert totals["frames"] == 21 and totals["frames_per_second"] > 0 and totals["peak_host_bytes"] > 0
     assert "frames/s end to end" in capsys.readouterr().out
+
+
+def test_profile_is_written_where_there_is_nothing_to_make(make, tmp_path):
+    make(inference, "--prompt", "a")
+    make(inference, "--prompt", "a", "--profile", tmp_path / "profile.json")
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    assert profile["totals"]["videos"] == 0 and profile["ranks"][0]["videos"] == []
 
 
 def test_endless_works_in_both_front_ends(make):

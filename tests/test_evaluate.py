@@ -20,6 +20,7 @@ from demo.videos import read_video
 from demo.world import CATEGORIES, CHOICES, FPS, Scene, is_held_out
 from pipeline.engine import Engine
 from pipeline.noise import NoiseSource
+from tests.conftest import assert_complains
 
 FIRST, SECOND = ("a red ball", "a longer prompt about a blue car"), ("a green ball", "night")
 
@@ -255,6 +256,8 @@ def test_whole_run_on_the_small_model(tiny_config, tmp_path, capsys):
     evaluate.main(["--out", str(out), "--report"])
     for name in ("report.md", "prompts-main.png", "timelines-main.png", "story.webp"):
         assert (out / name).stat().st_size > 100
+    text = (out / "report.md").read_text()
+    assert "- **main**: the model as" in text and "- **keep**: a new prompt leaves" in text and "**base**" not in text
     told = json.loads((out / "report.json").read_text())
     assert told["arms"][MAIN]["prompts"]["films"] == 2 and set(told["arms"]) == {MAIN, KEEP}
     for kind in (PROMPT, TIMELINE):
@@ -265,3 +268,35 @@ def test_films_of_a_prompt_keep_it(engine):
     films = [dataclasses.replace(film, frames=20) for film in plan.prompts(2, 6, 0)]
     frames = np.concatenate([part.numpy() for part in generated(engine, films, MAIN)], 1)
     assert frames.shape == (2, 20, 32, 48, 3)
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (["--share", "x"], ["--share x must be I/N", "0/2 and 1/2"]),
+    (["--share", "3/2"], ["--share 3/2 must be I/N"]),
+    (["--share", "0/0"], ["--share 0/0 must be I/N"]),
+    (["--batch", "0"], ["--batch 0 must be at least 1"]),
+    (["--prompts", "-2"], ["--prompts -2 must be at least 0"]),
+    (["--seconds", "nan"], ["--seconds nan", "from 6 to"]),
+    (["--seconds", "1"], ["--seconds 1:", "from 6 to"]),
+    (["--judge", "nothere"], ["--judge=nothere: no such file", "demo.judge train"]),
+    (["--out", "file"], ["--out: can't write in file", "a file, not a folder"]),
+    (["--device", "gpu"], ["device=gpu is not"]),
+    (["--btach", "2"], ["--btach", "did you mean --batch?"]),
+    (["sed=1"], ["unknown key sed"]),
+])
+def test_command_line_that_makes_no_sense(run_here, tmp_path, args, words):
+    (tmp_path / "file").write_text("mine")
+    outcome = run_here(evaluate, "--out", "measured", *args)
+    assert_complains(outcome, *words)
+    assert outcome.err.count("\n") == 1 and not (tmp_path / "measured/parts").exists()
+
+
+def test_report_of_nothing_makes_no_folder(run_here, tmp_path):
+    assert_complains(run_here(evaluate, "--report", "--out", "measured"), "measured/parts has no measurements")
+    assert not (tmp_path / "measured").exists()
+
+
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse(["--help"])
+    assert "(default: 208)" in capsys.readouterr().out

@@ -159,7 +159,7 @@ def test_ffmpeg_killed_keeps_a_partial_file_that_plays(run_here, videos, at_bloc
     line = outcome.error_line()
     assert "ffmpeg stopped: it was ended by signal SIGKILL" in line and str(videos / "0000-0.partial.mp4") in line
     assert names(videos) == ["0000-0.partial.mp4"] and len(read_frames(videos / "0000-0.partial.mp4")) >= 20
-    assert_made_by_the_next_run(run_here, videos)
+    assert_made_by_the_next_run(run_here, videos, "0000-0-cut.mp4")
 
 
 def test_failed_overwrite_leaves_the_video_that_is_there(run_here, videos, at_block, writers):
@@ -168,6 +168,40 @@ def test_failed_overwrite_leaves_the_video_that_is_there(run_here, videos, at_bl
     at_block(2, lambda: os.kill(writers[-1]._process.pid, signal.SIGKILL))
     run_here(inference, *BALL, "--overwrite").error_line()
     assert (videos / "0000-0.mp4").read_bytes() == video and description(videos) == about
+
+
+# A run that stops earlier than the one before it
+
+@pytest.mark.parametrize("first, options, code", [(3, [], 130), (None, ["--overwrite"], 0)])
+def test_video_that_is_longer_stays(run_here, videos, monkeypatch, first, options, code):
+    """After a Ctrl-C, and where a whole video is made again."""
+    step = Session.step
+
+    def stop_before(block: int | None) -> None:
+        monkeypatch.setattr(Session, "step",
+                            lambda session: interrupt() if session.block == block else step(session))
+
+    stop_before(first)
+    assert run_here(inference, *BALL).code == code
+    before = (videos / "0000-0.mp4").read_bytes(), description(videos)
+    stop_before(1)
+    outcome = run_here(inference, *BALL, *options)
+    assert_interrupted(outcome)
+    had = before[1]["frames"]
+    assert had > 9 and f"Stopped after 9 of 45 frames; {videos / '0000-0.mp4'} keeps the {had} it had" in outcome.err
+    assert ((videos / "0000-0.mp4").read_bytes(), description(videos)) == before
+    assert names(videos) == ["0000-0.json", "0000-0.mp4"]
+    stop_before(None)
+    assert run_here(inference, *BALL, *options).code == 0 and description(videos)["complete"] is True
+
+
+def test_video_that_is_shorter_is_replaced(run_here, videos, monkeypatch):
+    step, blocks = Session.step, [1, 3]
+    monkeypatch.setattr(Session, "step", lambda session: interrupt() if session.block == blocks[0] else step(session))
+    for frames in (9, 33):
+        assert_interrupted(run_here(inference, *BALL))
+        assert_kept(videos, frames)
+        blocks.pop(0)
 
 
 # Interrupts, in this process

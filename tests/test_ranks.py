@@ -19,8 +19,8 @@ PROMPTS = ["a red ball", "a blue cube", "a yellow fish"]
 
 
 def torchrun(program: Path, *args, processes: int = 2, cwd: Path) -> Outcome:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-               str(program), *map(str, args)]
+    command = [sys.executable, str(REPOSITORY / "scripts/several_processes.py"), str(processes), str(program),
+               *map(str, args)]
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -55,14 +55,18 @@ def test_two_processes_make_every_video_once_as_one_process_does(tiny_yaml, tmp_
     for video in videos:
         assert second.err.count(f"{video.relative_to(tmp_path)} is there already, skipped") == 1
     assert [video.stat().st_mtime_ns for video in videos] == times
-    assert "1 videos, 3 latents, 9 frames" in second.out
+    assert "1 video, 3 latents, 9 frames" in second.out
     assert len(read_frames(tmp_path / "two/0003-0.mp4")) == 9
 
 
-def test_bad_input_is_said_and_ends_every_process(tiny_yaml, tmp_path):
-    outcome = torchrun(REPOSITORY / "inference.py", tiny_yaml, "--prompt", "a ball", "sed=1", cwd=tmp_path)
-    assert outcome.code != 0
-    assert "error: the command line: unknown key sed; did you mean seed?" in outcome.err.splitlines()
+@pytest.mark.parametrize("args, words", [
+    (["--prompt", "a ball", "sed=1"], "error: the command line: unknown key sed; did you mean seed?"),
+    (["--prompt", "a ball", "generator_ckpt=nope.pt"], "error: generator_ckpt=nope.pt: no such file"),
+])
+def test_bad_input_is_said_once_and_ends_every_process(tiny_yaml, tmp_path, args, words):
+    """Both where every process finds it for itself and where the first finds it for all."""
+    outcome = torchrun(REPOSITORY / "inference.py", tiny_yaml, *args, cwd=tmp_path)
+    assert words in outcome.error_line() and outcome.err.count("\n") == 1, outcome.err
 
 
 # What each of two processes does; its results go to a file of its own.

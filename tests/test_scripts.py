@@ -120,8 +120,8 @@ def test_several_processes_share_the_cores(checkout):
 def test_a_process_for_each_visible_gpu(checkout, gpus, processes):
     outcome = checkout.run("inference.sh", LONGLIVE_PYTHON="/bin/echo", CUDA_VISIBLE_DEVICES=gpus)
     assert outcome.code == 0, outcome.err
-    wanted = f"--nproc-per-node {processes} " if processes > 1 else f"{checkout.root}/inference.py"
-    assert wanted in outcome.out and ("torch.distributed.run" in outcome.out) == (processes > 1)
+    wanted = f"/several_processes.py {processes} {checkout.root}/inference.py"
+    assert (wanted in outcome.out) == (processes > 1) and f"{checkout.root}/inference.py" in outcome.out
 
 
 @pytest.mark.parametrize(("smi", "processes"), [
@@ -136,12 +136,28 @@ def test_gpus_are_counted_by_nvidia_smi(checkout, smi, processes):
                           text=True, check=False, env={"PATH": f"{checkout.bin}:{os.environ['PATH']}",
                                                        "LONGLIVE_PYTHON": "/bin/echo"})
     assert done.returncode == 0, done.stderr
-    assert ("--nproc-per-node 2" in done.stdout) == (processes == 2) and done.stdout.strip().endswith("x")
+    assert ("/several_processes.py 2 " in done.stdout) == (processes == 2) and done.stdout.strip().endswith("x")
 
 
 def test_processes_that_are_no_number_are_refused(checkout):
     outcome = checkout.run("inference.sh", LONGLIVE_PYTHON="/bin/echo", LONGLIVE_PROCESSES="two")
     assert outcome.out == "" and "LONGLIVE_PROCESSES=two" in outcome.error_line()
+
+
+def test_exit_code_of_several_processes_is_that_of_the_first_that_fails(checkout):
+    """Whatever signal the others get then. Nothing is said but what they say."""
+    (checkout.root / "inference.py").write_text(
+        "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('mine')\ntime.sleep(60)")
+    outcome = checkout.run("inference.sh", LONGLIVE_PYTHON=sys.executable, LONGLIVE_PROCESSES="2")
+    assert (outcome.code, outcome.err) == (1, "mine\n")
+    (checkout.root / "inference.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    outcome = checkout.run("inference.sh", LONGLIVE_PYTHON=sys.executable, LONGLIVE_PROCESSES="2")
+    assert outcome.code == 137 and "was ended by signal SIGKILL" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_python_that_is_not_there(checkout):
+    outcome = checkout.run("inference.sh", LONGLIVE_PYTHON="/nope")
+    assert "LONGLIVE_PYTHON=/nope: no such program" in outcome.error_line() and outcome.err.count("\n") == 1
 
 
 def test_test_script_hides_gpus_and_passes_options_on(checkout):

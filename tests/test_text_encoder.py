@@ -120,6 +120,13 @@ def test_a_prompt_too_long_is_warned_of_once(tiny_config, encoder, caplog):
     assert "moves the grass" in warning
 
 
+def test_size_of_a_small_text_encoder_is_not_zero(tiny_config, caplog):
+    caplog.set_level("INFO")
+    Engine.from_config(tiny_config).encode("a ball")
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Text encoder: ")]
+    assert line.endswith(" MB on cpu") and float(line.split()[2]) > 0
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "native"])
 def test_the_input_embedding_is_the_files_own(layout, config, native):
     """Under both of its names, not left at random under the one that the file lacks."""

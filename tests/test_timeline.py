@@ -142,7 +142,8 @@ def test_durations_keep_exact_frames(durations):
 @pytest.mark.parametrize(("durations", "number"), [([0.02, 1], 1), ([0.1, 0.1, 1], 2), ([1, 0.01, 1], 2)])
 def test_duration_too_short_to_show_is_refused_in_its_own_words(durations, number):
     story = Story(["a", "b", "c"][: len(durations)], durations=durations, where="stories.jsonl, line 4")
-    with pytest.raises(UserError, match=rf"line 4: prompt {number} lasts {durations[number - 1]} s.*at least 0.25 s"):
+    with pytest.raises(UserError, match=rf"line 4: prompt {number} lasts {durations[number - 1]} s.*at least 0.75 s "
+                                        r"\(one block\)"):
         story.timeline(CONFIG, frames=1)
 
 
@@ -155,6 +156,22 @@ def test_durations_in_whole_blocks_switch_there():
 def test_length_of_the_story_goes_before_the_length_asked_for():
     assert Story(["a"], num_output_frames=9).timeline(CONFIG, frames=5).frames == 33
     assert Story(["a"]).timeline(CONFIG, frames=5).frames == 5
+
+
+@pytest.mark.parametrize("story", [Story(["a"], num_output_frames=9), Story(["a", "b"], durations=[6, 3])])
+def test_length_that_overrules_goes_before_that_of_the_story(story):
+    assert story.timeline(CONFIG, 48, overrule=True).frames == 48
+    own = story.timeline(CONFIG, 48)
+    assert own.frames != 48 and story.timeline(CONFIG, own.frames, overrule=True) == own
+
+
+def test_durations_keep_their_proportions():
+    story = Story(["a", "b", "c"], durations=[12, 6, 6])
+    timeline = story.timeline(CONFIG, 96, overrule=True)
+    assert [part["asked_latent"] for part in timeline.plan(16)] == [0, 12, 18]
+    assert timeline == Story(["a", "b", "c"], durations=[3, 1.5, 1.5]).timeline(CONFIG, 1)
+    with pytest.raises(UserError, match=r"prompt 1 lasts 0.0312 s, too short"):
+        Story(["a", "b"], durations=[1, 31]).timeline(CONFIG, 16, overrule=True)
 
 
 def test_switches_of_the_config_count_where_they_fit():

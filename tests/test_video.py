@@ -301,6 +301,44 @@ def test_two_writers_never_share_a_file(tmp_path):
     assert len(read_frames(tmp_path / "a.mp4")) == 1
 
 
+def test_what_a_killed_run_left_gets_a_name_of_its_own(tmp_path, caplog):
+    for count in (2, 3):
+        with writer(tmp_path / "left.mp4") as video:
+            video.write(noise(count))
+        (tmp_path / "left.mp4").rename(tmp_path / "a.partial.mp4")
+        (tmp_path / "a-cut.json").touch()  # a name that another video has
+        with writer(tmp_path / "a.mp4") as video:
+            video.write(noise(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-cut-2.mp4", "a-cut-3.mp4", "a-cut.json", "a.mp4"]
+    assert [len(read_frames(tmp_path / name)) for name in ("a-cut-2.mp4", "a-cut-3.mp4", "a.mp4")] == [2, 3, 1]
+    assert f"a.partial.mp4 was left by a run that was killed; kept as {tmp_path / 'a-cut-2.mp4'}" in caplog.text
+
+
+def test_file_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
+    video = writer(tmp_path / "a.mp4")
+    video.write(noise(2))
+    repack = video._repack
+
+    def meanwhile() -> None:
+        with pytest.raises(UserError, match="another run is writing it"):
+            writer(tmp_path / "a.mp4")
+        repack()
+
+    monkeypatch.setattr(video, "_repack", meanwhile)
+    video.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"] and len(read_frames(tmp_path / "a.mp4")) == 2
+
+
+@pytest.mark.parametrize("frames, kept", [(1, 2), (2, 2), (3, 3)])
+def test_a_longer_video_keeps_its_name(tmp_path, frames, kept):
+    with writer(tmp_path / "a.mp4") as video:
+        video.write(noise(2))
+    with writer(tmp_path / "a.mp4", at_least=2) as video:
+        video.write(noise(frames))
+    assert len(read_frames(tmp_path / "a.mp4")) == kept and video.file == (video.path if frames >= 2 else None)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
 def test_ffmpeg_that_is_not_there_or_does_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"IMAGEIO_FFMPEG_EXE=.*nothing: no such program"):

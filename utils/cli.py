@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -15,7 +16,7 @@ from pathlib import Path
 from utils.config import Config, load_config, nearest
 from utils.errors import UserError
 from utils.interrupts import raise_interrupts
-from utils.paths import find_file, read_text
+from utils.paths import find_file
 from utils.prompts import LONGEST_SECONDS, Story, check_story
 from wan.geometry import frames_of
 
@@ -73,6 +74,7 @@ class Task:
     config: Config
     prompts: list[str]  # given on the command line, in place of the config's data_path
     frames: int  # length of a video that does not say its own
+    overrule: bool  # of one that does, too: the length stands on the command line
     remake: Path | None  # the description of a video to make again, in place of prompts
     overwrite: bool
     profile: Path | None
@@ -93,7 +95,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Task:
     data = [f for f in files if not f.endswith((".yaml", ".yml"))]
     for path in data:
         find_file(path, "prompt file", "to give a prompt itself: --prompt TEXT; to give a setting: key=value")
-    _check_agreement(args, configs, data, overrides)
+    said = _check_agreement(args, configs, data, overrides)
     overrides += [f"data_path={json.dumps(path)}" for path in data]
     for key in ("seed", "num_samples", "output_folder"):
         if (value := getattr(args, key)) is not None:
@@ -101,15 +103,19 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Task:
     for prompt in args.prompt or []:
         check_story(Story([prompt], where="--prompt"))
     remake = _description(args.remake) if args.remake else None
-    config = load_config(configs[0] if configs else remake or args.default_config, overrides)
+    config = load_config(configs[0] if configs else remake or args.default_config, overrides,
+                         round_length=args.seconds is not None or args.num_output_frames is not None)
     profile = Path(args.profile) if args.profile else None
     if profile is not None and profile.is_dir():
         raise UserError(f"--profile {profile} is a folder; give the path of a file")
-    return Task(config, args.prompt or [], _length(args, config), remake, args.overwrite, profile)
+    return Task(config, args.prompt or [], _length(args, config), "num_output_frames" in said, remake, args.overwrite,
+                profile)
 
 
-def _check_agreement(args: argparse.Namespace, configs: list[str], data: list[str], overrides: list[str]) -> None:
-    """Raises UserError where one part of a command line would overrule another."""
+def _check_agreement(args: argparse.Namespace, configs: list[str], data: list[str],
+                     overrides: list[str]) -> set[str]:
+    """The keys of the config that a command line gives. Raises UserError where one part of it would overrule another.
+    """
     for what, given in (("config", configs), ("prompt file", data)):
         if len(given) > 1:
             raise UserError(f"one {what} at a time, got {' and '.join(given)}")
@@ -125,6 +131,7 @@ def _check_agreement(args: argparse.Namespace, configs: list[str], data: list[st
     for given in said.values():
         if len(given) > 1:
             raise UserError(f"give {' or '.join(given)}, not both")
+    return {key for key, given in said.items() if given}
 
 
 def _description(path: str) -> Path:
@@ -132,8 +139,8 @@ def _description(path: str) -> Path:
     mend = "give the .json that lies beside an .mp4"
     found = find_file(path, "--remake", mend)
     try:
-        about = json.loads(read_text(found))
-    except ValueError:
+        about = json.loads(found.read_bytes())
+    except (ValueError, RecursionError):
         about = None
     told = about.get("request") if isinstance(about, dict) else None
     if not (isinstance(told, dict) and "prompts" in told and isinstance(about.get("config"), dict)):
@@ -167,12 +174,14 @@ def guarded(work: Callable[[], None]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         # In the middle of a library's work an interrupt can come out as any other error.
         if was_interrupted() or isinstance(error, KeyboardInterrupt):
-            _say("interrupted; run the same command again to go on, finished videos are skipped")
+            _say("interrupted; run the same command again to go on: videos that are whole are skipped, one that was "
+                 "cut off is made again from its start")
             return EXIT_INTERRUPTED
         if isinstance(error, UserError):
             return _fail(str(error))
         if mendable := _mendable(error):
             return _fail(mendable)
+        _has_last_word()
         traceback.print_exc()
         return EXIT_FAILED
     return EXIT_DONE
@@ -191,8 +200,24 @@ def _mendable(error: Exception) -> str:
     return ""
 
 
+def _has_last_word() -> bool:
+    """Whether it is for this process to say why it ends: of several that `scripts/several_processes.py` runs the first
+    that fails does, for the others meet the same or are ended by torchrun."""
+    mark = os.environ.get("LONGLIVE_LAST_WORD")
+    if mark is None:
+        return True
+    try:
+        Path(mark).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # better twice than never
+    return True
+
+
 def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    if _has_last_word():
+        sys.stderr.write(line + "\n")
 
 
 def _fail(message: str) -> int:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import MappingNode, YAMLError, compose
 
 from utils.device import DTYPES
 from utils.errors import UserError
 from utils.paths import find_file, read_text
-from wan.geometry import PIXELS
+from wan.geometry import PIXELS, whole_blocks
 
 # Keys that say where and how fast a video is made, not which video it is.
 PLACEMENT = {
@@ -127,9 +127,11 @@ class Config:
         _check_loras(self.lora_ckpt)
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None, *,
+                round_length: bool = False) -> Config:
     """The config of a YAML file (None: only the defaults) with `key=value` overrides, as `model_kwargs.sink_size=6`.
-    The .json beside a video has its whole config too.
+    The .json beside a video has its whole config too. round_length: `num_output_frames` is not used, and need not be a
+    multiple of the block.
 
     Raises UserError for a file that is missing or no YAML, an unknown key (with the nearest known one) or a value of
     the wrong type or range.
@@ -151,6 +153,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         where = "the command line"
         schema = OmegaConf.merge(schema, _nested(OmegaConf.from_dotlist(_checked_dotlist(overrides or [])), where))
         where = str(path or where)
+        if round_length:
+            schema.num_output_frames = whole_blocks(schema.num_output_frames, max(1, schema.num_frame_per_block))
         return OmegaConf.to_object(schema)
     except ConfigKeyError as error:
         raise UserError(f"{where}: {_unknown_key(str(error.full_key or error.key))}") from None
@@ -163,10 +167,15 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 
 
 def _nested(loaded: DictConfig, where: str) -> DictConfig:
+    """What was loaded. Raises UserError where a key that holds others, or a list, is something else: OmegaConf's own
+    words for that name its classes."""
     for key, kind in NESTED.items():
         if not isinstance(loaded.get(key, {}), (dict, DictConfig)):
             raise UserError(f"{where}: {key} holds keys of its own, such as {key}.{dataclasses.fields(kind)[0].name}; "
                             f"it can't be {loaded[key]}")
+    steps = loaded.get("denoising_step_list", [])
+    if not isinstance(steps, (list, ListConfig)):
+        raise UserError(f"{where}: denoising_step_list={steps} must be a list, such as [1000, 750, 500, 250]")
     return loaded
 
 

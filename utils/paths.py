@@ -17,7 +17,9 @@ def find_file(path: str, what: str, mend: str = "check the path") -> Path:
     """The existing file at `path`. Raises UserError that says where it was looked for and how to mend it."""
     found = locate(path)
     if found is None:
-        raise UserError(f"{what}={path}: no such file (looked in {Path.cwd()} and {REPOSITORY}); {mend}")
+        places = " and ".join(dict.fromkeys(map(str, (Path.cwd(), REPOSITORY))))
+        raise UserError(f"{what}={path}: no such file{'' if Path(path).is_absolute() else f' (looked in {places})'}; "
+                        f"{mend}")
     if found.is_dir():
         raise UserError(f"{what}={path} is a folder, not a file; {mend}")
     return found

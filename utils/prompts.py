@@ -32,27 +32,27 @@ class Story:
     name: str | None = None
     where: str = ""
 
-    def timeline(self, config: Config, frames: int) -> Timeline:
-        """When each prompt takes hold. `frames`: length in frames where the story has none of its own.
+    def timeline(self, config: Config, frames: int, overrule: bool = False) -> Timeline:
+        """When each prompt takes hold. `frames`: length in frames where the story has none of its own; with `overrule`
+        in any case, and `durations` are scaled to it.
 
         Without times of its own the config's `switch_frame_indices` count if they fit, else the video is split evenly.
         Raises UserError for times that do not fit the video.
         """
-        if self.num_output_frames is not None:
-            frames = frames_of(self.num_output_frames)
+        own = self._own_frames(config.fps)
+        if own is not None and overrule and own != frames:
+            log.info("%s: made %.1f s long as the command line says, in place of its own %.1f s%s", self.where,
+                     frames / config.fps, own / config.fps, "; durations are scaled" if self.durations else "")
+        elif own is not None:
+            frames = own
         block, switches = config.num_frame_per_block, self.switch_frame_indices
         try:
-            if self.durations is not None:
-                ends = [round(sum(self.durations[: i + 1]) * config.fps) for i in range(len(self.durations))]
-                starts = [latents_for(end + 1) - 1 for end in ends]
-                for number, (before, after) in enumerate(itertools.pairwise([0, *starts]), 1):
-                    if after == before:
-                        raise ValueError(f"prompt {number} lasts {self.durations[number - 1]} s, too short to show; "
-                                         f"give it at least {FRAMES / config.fps:.3g} s (one latent) or leave it out")
-                return Timeline.build(self.prompts, starts[:-1], block=block, frames=ends[-1])
             if frames > LONGEST_SECONDS * config.fps:
-                raise ValueError(f"{frames} frames are longer than {LONGEST_SECONDS:,} s; lower num_output_frames")
-            if switches is None and config.switch_frame_indices and len(self.prompts) > 1:
+                raise ValueError(f"{frames} frames are longer than {LONGEST_SECONDS:,} s; lower num_output_frames or "
+                                 f"durations")
+            if self.durations is not None:
+                switches = self._switches(frames, block, config.fps)
+            elif switches is None and config.switch_frame_indices and len(self.prompts) > 1:
                 if _fits(config.switch_frame_indices, len(self.prompts), latents_for(frames)):
                     switches = config.switch_frame_indices
                 else:
@@ -63,6 +63,26 @@ class Story:
             return Timeline.evenly(self.prompts, block=block, frames=frames)
         except ValueError as error:
             raise UserError(f"{self.where}: {error}") from None
+
+    def _own_frames(self, fps: int) -> int | None:
+        """The length that the story says, in frames."""
+        if self.durations is not None:
+            return round(sum(self.durations) * fps)
+        return None if self.num_output_frames is None else frames_of(self.num_output_frames)
+
+    def _switches(self, frames: int, block: int, fps: int) -> list[int]:
+        """Latents at which the second, third, … prompt begins, from `durations` in a video of so many frames. Raises
+        ValueError for one that is too short to show."""
+        total = sum(self.durations)
+        scale = 1.0 if frames == round(total * fps) else frames / (total * fps)
+        ends = [round(sum(self.durations[: i + 1]) * scale * fps) for i in range(len(self.durations))]
+        starts = [latents_for(end + 1) - 1 for end in ends]
+        for number, (before, after) in enumerate(itertools.pairwise([0, *starts]), 1):
+            if after == before:
+                raise ValueError(f"prompt {number} lasts {self.durations[number - 1] * scale:.3g} s, too short to "
+                                 f"show; prompts begin with blocks: give it at least {block * FRAMES / fps:.3g} s "
+                                 f"(one block) or leave it out")
+        return starts[:-1]
 
 
 def _fits(switches: list[int], prompts: int, latents: int) -> bool:
@@ -133,19 +153,20 @@ def check_story(story: Story) -> Story:
     need(durations is None or story.num_output_frames is None,
          "give durations or num_output_frames, not both: the durations add up to the length")
     need(switches is None or (isinstance(switches, list) and all(map(whole, switches))),
-         f"switch_frame_indices must be a list of whole numbers (latents), got {switches}")
+         f"switch_frame_indices must be a list of whole numbers (latents), got {json.dumps(switches)}")
     if durations is not None:
         numbers = isinstance(durations, list) and all(
             isinstance(d, (int, float)) and not isinstance(d, bool) and 0 < d <= LONGEST_SECONDS for d in durations)
-        need(numbers, f"durations must be a list of seconds above 0 and at most {LONGEST_SECONDS:,}, got {durations}")
+        need(numbers, f"durations must be a list of seconds above 0 and at most {LONGEST_SECONDS:,}, "
+                      f"got {json.dumps(durations)}")
         need(len(durations) == len(prompts), f"{len(prompts)} prompts need {len(prompts)} durations, "
                                              f"got {len(durations)}")
     need(story.num_output_frames is None or (whole(story.num_output_frames) and story.num_output_frames > 0),
-         f"num_output_frames must be a whole number of latents above 0, got {story.num_output_frames}")
+         f"num_output_frames must be a whole number of latents above 0, got {json.dumps(story.num_output_frames)}")
     need(story.seed is None or (whole(story.seed) and 0 <= story.seed < 2**63),
-         f"seed must be a whole number from 0 to 2^63-1, got {story.seed}")
+         f"seed must be a whole number from 0 to 2^63-1, got {json.dumps(story.seed)}")
     name = story.name
-    need(name is None or isinstance(name, str), f"name must be a text, got {name}")
+    need(name is None or isinstance(name, str), f"name must be a text, got {json.dumps(name)}")
     if name is not None:
         plain = name.isprintable() and not set(name) & set('/\\:*?"<>|') and not name.startswith(".") \
             and not name.endswith(".partial")  # what a video is called until it is whole
@@ -157,3 +178,8 @@ def check_story(story: Story) -> Story:
 def _is_unicode(text: str) -> bool:
     """Whether a text has no surrogates, which JSON's \\ud800 and odd bytes on a command line leave in one."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def shorten(prompt: str, width: int) -> str:
+    """A prompt, or the beginning of one that is longer than `width` characters."""
+    return prompt if len(prompt) <= width else prompt[: width - 1] + "…"

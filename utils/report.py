@@ -59,6 +59,7 @@ def resident() -> int:
 
 
 def to_json(reports: list[RankReport]) -> dict[str, Any]:
+    """All of it, and totals: seconds added up over processes, but `wall_seconds` of the one that took longest."""
     return {"totals": _totals(reports), "ranks": [asdict(report) for report in reports]}
 
 
@@ -68,15 +69,17 @@ def _totals(reports: list[RankReport]) -> dict[str, Any]:
     for video in videos:
         for stage, seconds in video.stages.items():
             runs[stage] += seconds
-    busy = max((sum(video.wall for video in report.videos) for report in reports), default=0.0)
+    work = [sum(video.wall for video in report.videos) for report in reports]
+    longest = max(work, default=0.0)
     frames = sum(video.frames for video in videos)
     return {
+        "processes": len(reports),
         "videos": len(videos), "frames": frames, "latents": sum(video.latents for video in videos),
-        "load_seconds": max(report.load for report in reports),
+        "load_seconds": sum(report.load for report in reports),
         "text_seconds": sum(report.text for report in reports) + sum(runs.pop("text", [])),
         "stages": {stage: {"seconds": sum(runs[stage]), "runs": len(runs[stage]),
                            "median": statistics.median(runs[stage])} for stage in STAGES if runs.get(stage)},
-        "total_seconds": busy, "frames_per_second": frames / busy if busy else 0.0,
+        "total_seconds": sum(work), "wall_seconds": longest, "frames_per_second": frames / longest if longest else 0.0,
         "peak_gpu_bytes": max(report.gpu_bytes for report in reports),
         "peak_host_bytes": max(report.host_bytes for report in reports),
     }
@@ -86,14 +89,20 @@ def table(reports: list[RankReport], fps: int) -> str:
     """The table at the end of a run. Frames per second are pixels out per second of wall clock, the decoder and the
     encoder included, loading and text apart."""
     totals = _totals(reports)
+    several = totals["processes"] > 1
     lines = [f"{'stage':12}{'seconds':>10}{'runs':>8}{'median ms':>12}",
              f"{'load':12}{totals['load_seconds']:10.2f}", f"{'text':12}{totals['text_seconds']:10.2f}"]
     lines += [f"{stage:12}{row['seconds']:10.2f}{row['runs']:8}{1000 * row['median']:12.1f}"
               for stage, row in totals["stages"].items()]
-    speed = totals["frames_per_second"]
-    lines += [f"{'total':12}{totals['total_seconds']:10.2f}   (wall clock, without load and text)",
-              f"{totals['videos']} videos, {totals['latents']} latents, {totals['frames']} frames, "
+    what = f"seconds of {totals['processes']} processes added up" if several else "wall clock"
+    lines += [f"{'total':12}{totals['total_seconds']:10.2f}   ({what}, without load and text)"]
+    if several:
+        lines += [f"{'wall clock':12}{totals['wall_seconds']:10.2f}   (of the process that took longest, without load "
+                  f"and text)"]
+    count, speed = totals["videos"], totals["frames_per_second"]
+    lines += [f"{count} video{'' if count == 1 else 's'}, {totals['latents']} latents, {totals['frames']} frames, "
               f"{totals['frames'] / fps:.1f} s of video; {speed:.1f} frames/s end to end, {speed / fps:.2f}x real time"]
     gpu = f"{totals['peak_gpu_bytes'] / 2**30:.2f} GiB GPU, " if totals["peak_gpu_bytes"] else ""
-    lines += [f"peak memory: {gpu}{totals['peak_host_bytes'] / 2**30:.2f} GiB host"]
+    each = " of one process at the most" if several else ""
+    lines += [f"peak memory{each}: {gpu}{totals['peak_host_bytes'] / 2**30:.2f} GiB host"]
     return "\n".join(lines)

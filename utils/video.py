@@ -1,5 +1,7 @@
 import contextlib
 import fcntl
+import itertools
+import logging
 import os
 import queue
 import shutil
@@ -9,12 +11,15 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import imageio_ffmpeg
 import numpy as np
 
 from utils.errors import UserError
 from utils.interrupts import held
+
+log = logging.getLogger(__name__)
 
 BLOCKS_WAITING = 4  # written but not yet taken by ffmpeg
 POLL = 0.005  # seconds between two looks at whether ffmpeg has taken one
@@ -36,11 +41,15 @@ class Mp4Writer:
 
     Until it is closed the video is NAME.partial.mp4, playable up to the last frame written, also after a kill; then it
     is re-packed for seeking and takes its name. Leaving the `with` by an exception closes it too, so nothing is lost.
+    One that a killed run left is first renamed to NAME-cut.mp4.
     """
 
-    def __init__(self, path: str | Path, *, width: int, height: int, fps: int = 16, crf: int = 18):
-        """Opens the file. Raises UserError where it can't be written, or another process is writing it."""
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, width: int, height: int, fps: int = 16, crf: int = 18, at_least: int = 0):
+        """Opens the file. Raises UserError where it can't be written, or another process is writing it.
+
+        at_least: with fewer frames than these the file that has the name keeps it, and the new one is removed.
+        """
+        self.path, self._at_least = Path(path), at_least
         self.partial = self.path.with_name(f"{self.path.stem}.partial.mp4")
         self.file: Path | None = self.partial  # where the frames are; None where there are none
         self.frames = 0  # handed to ffmpeg
@@ -61,8 +70,13 @@ class Mp4Writer:
     def _start(self, command: list[str]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self.partial.open("ab")
-            _lock(self._lock, self.partial)
+            self._lock = _open_locked(self.partial)
+            if self.partial.is_file() and self.partial.stat().st_size:
+                leftover = self._lock
+                kept = _set_aside(self.partial, self.path)
+                self._lock = _open_locked(self.partial)
+                leftover.close()
+                log.warning("%s was left by a run that was killed; kept as %s", self.partial, kept)
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the writer
         except OSError as error:
             raise UserError(f"{error.filename or self.path}: can't be written: {error.strerror}; choose another "
@@ -134,9 +148,8 @@ class Mp4Writer:
             self._raise_failure()
         self._process = None
         self._errors.close()
-        self._lock.close()
         try:
-            if self.frames:
+            if self.frames >= max(1, self._at_least):
                 self._repack()
                 self.file = self.path
             else:
@@ -145,6 +158,8 @@ class Mp4Writer:
         except OSError as error:
             raise UserError(f"{self.path}: can't be written: {error.strerror}; the video is in "
                             f"{self.partial}") from None
+        finally:
+            self._lock.close()
 
     def _repack(self) -> None:
         """Moves the index to the front, so that browsers seek at once. The fragmented file stands in if that fails."""
@@ -206,17 +221,40 @@ def find_ffmpeg() -> str:
     return found
 
 
-def _lock(file, path: Path) -> None:
-    """Keeps other runs off a file until it is closed. Raises UserError where another has it."""
-    if not path.is_file():  # a device, which may have many writers
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path}: another run is writing it; wait for that one, or choose another "
-                        f"--output-folder") from None
-    except OSError:
-        pass  # a file system without locks
+def _open_locked(path: Path) -> BinaryIO:
+    """Opens a file to append to it and keeps other runs off it until it is closed. Raises UserError where another has
+    it."""
+    while True:
+        file = path.open("ab")
+        if not path.is_file():  # a device, which may have many writers
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{path}: another run is writing it; wait for that one, or choose another "
+                            f"--output-folder") from None
+        except OSError:
+            return file  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # another run gave it its name since it was opened
+
+
+def _set_aside(partial: Path, path: Path) -> Path:
+    """Gives the partial file of a video `path` a free name of its own, and returns that."""
+    for number in itertools.count(1):
+        kept = path.with_name(f"{path.stem}-cut.mp4" if number == 1 else f"{path.stem}-cut-{number}.mp4")
+        if kept.with_suffix(".json").exists():
+            continue
+        try:
+            kept.open("xb").close()  # the name is ours, whoever else looks for one
+        except FileExistsError:
+            continue
+        partial.replace(kept)
+        return kept
+    raise AssertionError("unreachable")
 
 
 def _describe(code: int, lines: list[str]) -> tuple[str, str]:

@@ -35,8 +35,10 @@ class Film:
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to make films. overrides: of the config. at_switch: what becomes of the cache. kinds: which films."""
+    """A way to make films. about: it, in a line. overrides: of the config. at_switch: what becomes of the cache. kinds:
+    which films."""
 
+    about: str
     overrides: tuple[str, ...] = ()
     at_switch: str = RECACHE
     kinds: tuple[str, ...] = (PROMPT, TIMELINE)
@@ -44,14 +46,16 @@ class Arm:
 
 MAIN, DRAWN = "main", "drawn"
 ARMS = {
-    MAIN: Arm(),
-    KEEP: Arm(at_switch=KEEP, kinds=(TIMELINE,)),
-    CLEAR: Arm(at_switch=CLEAR, kinds=(TIMELINE,)),
-    "no sink": Arm(("model_kwargs.sink_size=0",)),
-    "base": Arm(("lora_ckpt=null",)),
-    "relative RoPE": Arm(("model_kwargs.use_infinite_attention=true",), kinds=(PROMPT,)),
-    "absolute RoPE": Arm(("model_kwargs.use_infinite_attention=false",), kinds=(PROMPT,)),
-    DRAWN: Arm(),  # not by the model but by the world itself: what a perfect one would get
+    MAIN: Arm("the model as its config says"),
+    KEEP: Arm("a new prompt leaves the K/V cache as it is", at_switch=KEEP, kinds=(TIMELINE,)),
+    CLEAR: Arm("a new prompt empties the K/V cache", at_switch=CLEAR, kinds=(TIMELINE,)),
+    "no sink": Arm("the first latents leave the attention window like all others", ("model_kwargs.sink_size=0",)),
+    "base": Arm("without the LoRA, as the generator was before it", ("lora_ckpt=null",)),
+    "relative RoPE": Arm("positions count within the window (use_infinite_attention)",
+                         ("model_kwargs.use_infinite_attention=true",), kinds=(PROMPT,)),
+    "absolute RoPE": Arm("positions count from the beginning of the film",
+                         ("model_kwargs.use_infinite_attention=false",), kinds=(PROMPT,)),
+    DRAWN: Arm("not by the model but drawn by the world itself: what a perfect one would get"),
 }
 GROUPS = {"main": (MAIN,), "recache": (KEEP, CLEAR), "sink": ("no sink",), "lora": ("base",),
           "rope": ("relative RoPE", "absolute RoPE"), "drawn": (DRAWN,)}

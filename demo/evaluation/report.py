@@ -167,7 +167,7 @@ def percent(value: float | None) -> str:
 
 def markdown(told: dict) -> str:
     """The summary as text with tables."""
-    parts = []
+    parts = ["\n".join(["## Ways to make a film\n", *(f"- **{arm}**: {ARMS[arm].about}" for arm in told["arms"]), ""])]
     for arm, numbers in told["arms"].items():
         if arm in (MAIN, DRAWN) and "prompts" in numbers:
             parts.append(_adherence_text(f"Held-out prompts: {arm}", numbers["prompts"]))
