@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from live import wire
 from live.messages import NewJob, NewPrompt, NewSession, Restart, Settings, check_prompt
+from live.metrics import Metrics
 from live.packets import HEADER
 from live.refused import Refused
 from live.settings import OWN
@@ -107,7 +108,8 @@ def routes(studio: Studio, suggestions: list[str]) -> APIRouter:
         show = studio.show(identity)
         viewer = Viewer(asyncio.get_running_loop(), show.lead + 2 * show.block_frames)
         show.attach(viewer)
-        return StreamingResponse(_motion_jpeg(show, viewer), media_type="multipart/x-mixed-replace; boundary=frame")
+        return StreamingResponse(_motion_jpeg(show, viewer, studio.metrics),
+                                 media_type="multipart/x-mixed-replace; boundary=frame")
 
     @router.get("/api/sessions/{identity}/video.mp4", tags=["sessions"], response_class=StreamingResponse,
                 responses={200: {"content": {"video/mp4": {}}}})
@@ -178,7 +180,7 @@ async def _file(path: Future, kind: str) -> Response:
     return StreamingResponse(chunks(), media_type=kind, headers=headers)
 
 
-async def _motion_jpeg(show: Show, viewer: Viewer) -> AsyncIterator[bytes]:
+async def _motion_jpeg(show: Show, viewer: Viewer, metrics: Metrics) -> AsyncIterator[bytes]:
     """Parts of a multipart answer, a frame each, no faster than they are to be seen."""
     clock = asyncio.get_running_loop().time
     due = clock()
@@ -187,12 +189,14 @@ async def _motion_jpeg(show: Show, viewer: Viewer) -> AsyncIterator[bytes]:
             item = await viewer.next()
             if not isinstance(item, tuple):
                 continue
-            packet = item[0]
+            packet, asked_at = item
             _, _, take, frame, _, _ = HEADER.unpack_from(packet)
             jpeg = packet[HEADER.size:]
             due = max(due + 1 / show.config.fps, clock())
             await asyncio.sleep(due - clock())
-            yield b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%b\r\n" % (len(jpeg), jpeg)
+            part = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%b\r\n" % (len(jpeg), jpeg)
+            metrics.sent(len(part), asked_at)
+            yield part
             show.report(viewer, take, frame + 1)
     except ConnectionAbortedError:
         yield b"--frame--\r\n"

@@ -183,8 +183,8 @@ class Studio:
         config = own_config(self.config, overrides or {})
         return config if seed is None else dataclasses.replace(config, seed=seed)
 
-    def _record(self, take: Take, kind: str = "live") -> Recording:
-        return Recording(take, self.storage, self._weights, kind)
+    def _record(self, take: Take) -> Recording:
+        return Recording(take, self.storage, self._weights)
 
     def show(self, identity: str) -> Show:
         """Raises Refused where there is no such session."""
@@ -224,7 +224,8 @@ class Studio:
             done = [job.id for job in self._jobs.values() if not job.active]
             for identity in done[: max(0, len(done) - self.limits.jobs_kept + 1)]:
                 del self._jobs[identity]
-            job = JobRun(story, timeline, config, self.encode, lambda take: self._record(take, "job"), self.metrics,
+            job = JobRun(story, timeline, config, self.encode,
+                         lambda take: Recording(take, self.storage, self._weights, "job", timeline), self.metrics,
                          self._wake.set)
             self._jobs[job.id] = job
         self._wake.set()

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -52,7 +51,6 @@ async def serve(socket: WebSocket, studio: Studio, identity: str) -> None:
 
 
 async def _send(socket: WebSocket, viewer: Viewer, show: Show, studio: Studio) -> None:
-    metrics = studio.metrics
     while True:
         try:
             item = await viewer.next()
@@ -66,9 +64,7 @@ async def _send(socket: WebSocket, viewer: Viewer, show: Show, studio: Studio) -
         else:
             packet, asked_at = item
             await asyncio.wait_for(socket.send_bytes(packet), SEND_TIMEOUT)
-            metrics.sent(len(packet))
-            if asked_at is not None:
-                metrics.prompt_seconds.observe(time.monotonic() - asked_at)
+            studio.metrics.sent(len(packet), asked_at)
 
 
 async def _receive(socket: WebSocket, viewer: Viewer, show: Show, studio: Studio) -> None:

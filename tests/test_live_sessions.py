@@ -307,7 +307,8 @@ def test_job(server, tmp_path):
     (tmp_path / "job.mp4").write_bytes(video.content)
     assert len(read_frames(tmp_path / "job.mp4")) == 40
     about = server.http.get(f"/api/jobs/{job}/video.json").json()
-    assert about["frames"] == 40 and [one["prompt"] for one in about["plan"]] == ["a", "b"]
+    assert about["complete"] and about["frames"] == about["request"]["frames"] == 40
+    assert [one["prompt"] for one in about["plan"]] == ["a", "b"]
     assert server.http.delete(f"/api/jobs/{job}").status_code == 204
     assert server.http.get(f"/api/jobs/{job}").status_code == 404
 
@@ -329,6 +330,30 @@ def test_job_and_session_share_the_engine(server):
 def test_job_that_makes_no_sense(server, body, words):
     answer = server.http.post("/api/jobs", json=body)
     assert answer.status_code == 422 and words in answer.json()["detail"], answer.text
+
+
+def test_figures_count_all_that_is_made_and_sent(server):
+    """Jobs and the Motion JPEG stream too."""
+    def figures() -> dict[str, float]:
+        return {name: server.figure(name) for name in ("block_seconds_count", "blocks_total", "frames_sent_total",
+                                                       "sent_bytes_total", "frames_total")}
+
+    before = figures()
+    job = server.http.post("/api/jobs", json={"prompts": ["a"], "num_output_frames": 6}).json()["id"]
+    wait_until(lambda: server.http.get(f"/api/jobs/{job}").json()["status"] == "done", "the job")
+    after = figures()
+    assert after["blocks_total"] >= before["blocks_total"] + 2
+    assert after["frames_total"] >= before["frames_total"] + 21
+    assert after["block_seconds_count"] == after["blocks_total"]
+    with server.http.stream("GET", f"/api/sessions/{server.create(prompt='a')}/stream") as answer:
+        data = b""
+        for chunk in answer.iter_bytes():
+            data += chunk
+            if data.count(b"--frame") > 4:
+                break
+    sent = figures()
+    assert sent["frames_sent_total"] >= before["frames_sent_total"] + 4
+    assert sent["sent_bytes_total"] >= before["sent_bytes_total"] + len(data)
 
 
 def test_cancelled_job(server):
