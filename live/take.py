@@ -68,6 +68,11 @@ class Take:
         latest = self.next or self._begun
         return latest.prompt if latest is not None else self.prompt
 
+    @property
+    def waiting(self) -> list[Change]:
+        """The prompts that have not taken hold yet."""
+        return self.scheduled + ([] if self.next is None else [self.next])
+
     def ask(self, change: Change) -> None:
         """A prompt for the next block; takes the place of another that waits for it."""
         if self.next is not None:
