@@ -11,7 +11,7 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from live import wire
-from live.messages import NewJob, NewPrompt, NewSession, Restart, Settings, check_prompt
+from live.messages import NewJob, NewPrompt, NewSession, Restart, Settings, check_prompt, check_seconds
 from live.metrics import Metrics
 from live.packets import HEADER
 from live.refused import Refused
@@ -58,8 +58,9 @@ def routes(studio: Studio, suggestions: list[str]) -> APIRouter:
     async def create_session(body: NewSession) -> dict:
         """A new live session. It is made as long as someone watches: the page, the WebSocket or the stream."""
         prompt = None if body.prompt is None else check_prompt(body.prompt, limits)
+        seconds = check_seconds(body.seconds, limits)
         show = await run_in_threadpool(studio.create_show, body.overrides, body.seed)
-        show.set(endless=body.endless, refresh=body.refresh, seconds=body.seconds)
+        show.set(endless=body.endless, refresh=body.refresh, seconds=seconds)
         if prompt is not None:
             show.ask(prompt)
         return show.state(whole=True)
@@ -75,7 +76,8 @@ def routes(studio: Studio, suggestions: list[str]) -> APIRouter:
     async def change_session(identity: str, body: Settings) -> dict:
         """Pauses it or lets it go on, and changes settings."""
         show = studio.show(identity)
-        show.set(paused=body.paused, endless=body.endless, refresh=body.refresh, seconds=body.seconds)
+        show.set(paused=body.paused, endless=body.endless, refresh=body.refresh,
+                 seconds=check_seconds(body.seconds, limits))
         return show.state()
 
     @router.delete("/api/sessions/{identity}", status_code=204, tags=["sessions"])
@@ -87,7 +89,7 @@ def routes(studio: Studio, suggestions: list[str]) -> APIRouter:
     async def send_prompt(identity: str, body: NewPrompt) -> dict:
         """A prompt for the next block, or with `at` for a second of the video that is not made yet."""
         show = studio.show(identity)
-        return {"number": show.ask(check_prompt(body.prompt, limits), body.refresh, body.at)}
+        return show.ask(check_prompt(body.prompt, limits), body.refresh, check_seconds(body.at, limits))
 
     @router.delete("/api/sessions/{identity}/prompts/{number}", status_code=204, tags=["sessions"])
     async def take_prompt_back(identity: str, number: int) -> None:

@@ -88,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
                                                                      "as https://example.org")
     add("--output-folder", default="videos/live", metavar="PATH", help="where recordings go (default: videos/live)")
     add("--no-browser", action="store_true", help="do not open the page")
-    add("--terminal", action="store_true", help="no page: prompts are read line by line ('@12 a prompt' is for second 12; of several "
-                                           "for one block the last wins), one MP4 is written")
+    add("--terminal", action="store_true", help="no page: a prompt a line, one MP4; '@12 a prompt' is for "
+                                           "second 12; of several for one block the last wins")
     add("--prompt", metavar="TEXT", help="with --terminal: the first prompt")
     add("--seconds", type=float, metavar="S", help="with --terminal: length; without it, until the input ends")
     for option, (_, _, about) in LIMITS.items():

@@ -196,8 +196,9 @@ class Show:
 
     # What viewers ask for
 
-    def ask(self, prompt: str, refresh: str | None = None, at: float | None = None) -> int:
-        """A prompt for the next block, or for the second `at` of the video. Returns its number.
+    def ask(self, prompt: str, refresh: str | None = None, at: float | None = None) -> dict:
+        """A prompt for the next block, or for the second `at` of the video. Returns its number and, where `at` is
+        given, the frame and second that it takes hold at, with the first block that starts there or later.
 
         Raises Refused for a time that is past, and where too many prompts wait.
         """
@@ -216,10 +217,12 @@ class Show:
             (take.ask if at is None else take.schedule)(change)
             change.embeds.add_done_callback(lambda _: self._wake())
             self.seen()
+            frame = None if at is None else take.frame_of(latent)
         self.metrics.prompts.add()
         self.changed()
         self._wake()
-        return change.number
+        return {"number": change.number, "frame": frame,
+                "second": None if frame is None else frame / self.config.fps}
 
     def cancel(self, number: int) -> None:
         """Takes a prompt back. Raises Refused where none of that number waits."""
@@ -236,7 +239,7 @@ class Show:
             self.endless = self.endless if endless is None else endless
             self.refresh = refresh or self.refresh
             if seconds is not None:
-                self.length = round(seconds * self.config.fps)
+                self.length = max(1, round(seconds * self.config.fps))
             self._ready_since = None
             self.seen()
         self.changed()
