@@ -106,6 +106,8 @@ def _limits(args: argparse.Namespace) -> Limits:
             continue
         if not 0 < value < 1e9:
             raise UserError(f"--{option} {value:g} must be a number above 0: {about}")
+        if kinds[name] is int and factor == 1 and value != int(value):
+            raise UserError(f"--{option} {value:g} must be a whole number: {about}")
         given[name] = kinds[name](value * factor)
         if given[name] == 0:
             raise UserError(f"--{option} {value:g} must be at least 1: {about}")

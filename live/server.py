@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 TIDY_EVERY = 5.0  # seconds
+ANY_ADDRESS = ("0.0.0.0", "::")  # to listen on; nothing can be opened there
+ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}  # addresses for documentation
 GOODBYE = 5  # seconds that open connections get at the end
 
 
@@ -108,6 +110,26 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def reachable_name(host: str) -> str:
+    """What stands for the address that a server listens on in an address that a browser opens, on any machine that is
+    let in."""
+    if host in ("127.0.0.1", "::1"):
+        return "localhost"
+    if host in ANY_ADDRESS:
+        host = _own_address(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    return f"[{host}]" if ":" in host else host
+
+
+def _own_address(family: socket.AddressFamily) -> str:
+    """This machine's address on its network, or its name where it has none."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((ELSEWHERE[family], 9))  # sends nothing: only chooses the way out
+            return probe.getsockname()[0]
+        except OSError:
+            return socket.gethostname()
+
+
 def server_config(app: FastAPI, studio: Studio) -> uvicorn.Config:
     """How uvicorn runs the application: limits on what comes in, no compression of JPEGs, a ping every 10 s."""
     return uvicorn.Config(
@@ -121,10 +143,14 @@ def run(studio: Studio, access: Access, listener: socket.socket, suggestions: li
         open_page: Callable[[str], bool] | None = webbrowser.open) -> None:
     """Serves until Ctrl-C, SIGTERM or SIGHUP; then all recordings are whole."""
     host, port = listener.getsockname()[:2]
-    name = "localhost" if host in ("127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
-    log.info("Open http://%s:%d/%s   (Ctrl-C ends it)", name, port, "?token=…" if access.token else "")
+    if access.token:
+        log.info("Open http://%s:%d/?token=TOKEN with your token in place of TOKEN   (Ctrl-C ends it)",
+                 reachable_name(host), port)
+    else:
+        log.info("Open http://%s:%d/   (Ctrl-C ends it)", reachable_name(host), port)
     if open_page is not None:
-        open_page(f"http://{name}:{port}/{f'?token={access.token}' if access.token else ''}")
+        here = "localhost" if host in ANY_ADDRESS else reachable_name(host)
+        open_page(f"http://{here}:{port}/{f'?token={access.token}' if access.token else ''}")
     server = uvicorn.Server(server_config(make_app(studio, access, suggestions), studio))
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal ends it as SIGTERM does
         signal.signal(signal.SIGHUP, server.handle_exit)
