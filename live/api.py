@@ -11,6 +11,7 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from live import wire
+from live.answers import Health, JobState, PromptAnswer, SessionEntry, SessionState
 from live.messages import NewJob, NewPrompt, NewSession, Restart, Settings, check_prompt, check_seconds
 from live.metrics import Metrics
 from live.packets import HEADER
@@ -24,16 +25,17 @@ from utils.prompts import Story
 
 CHUNK = 1 << 18  # bytes
 REFUSALS = {status: {"description": about, "content": {"application/json": {"example": {"detail": "why"}}}}
-            for status, about in ((404, "No such session or job"), (409, "Not possible now"),
+            for status, about in ((403, "Needs a token"), (404, "No such session or job"), (409, "Not possible now"),
                                   (422, "Bad values"), (429, "Too many"))}
 
 
-def routes(studio: Studio, suggestions: list[str]) -> APIRouter:
-    """All paths of the API."""
+def routes(studio: Studio, suggestions: list[str], may_list: bool) -> APIRouter:
+    """All paths of the API. may_list: whether all sessions and jobs are told to whoever asks: only where a token keeps
+    others out, since without one the ids are what keeps other users of the machine from them."""
     router = APIRouter(responses=REFUSALS)
     config, limits = studio.config, studio.limits
 
-    @router.get("/health", tags=["server"])
+    @router.get("/health", tags=["server"], response_model=Health)
     async def health(response: Response) -> dict:
         """Whether the model is loaded; 503 while it is not."""
         about = studio.health()
@@ -54,7 +56,8 @@ def routes(studio: Studio, suggestions: list[str]) -> APIRouter:
                            "session_seconds": limits.session_seconds, "idle_seconds": limits.idle_seconds,
                            "lead_seconds": limits.lead_seconds}, **studio.health()}
 
-    @router.post("/api/sessions", status_code=201, tags=["sessions"])
+    @router.post("/api/sessions", status_code=201, tags=["sessions"], response_model=SessionState,
+                 response_model_exclude_unset=True)
     async def create_session(body: NewSession) -> dict:
         """A new live session. It is made as long as someone watches: the page, the WebSocket or the stream."""
         prompt = None if body.prompt is None else check_prompt(body.prompt, limits)
@@ -65,14 +68,27 @@ def routes(studio: Studio, suggestions: list[str]) -> APIRouter:
             show.ask(prompt)
         return show.state(whole=True)
 
-    @router.get("/api/sessions/{identity}", tags=["sessions"])
+    def check_may_list() -> None:
+        if not may_list:
+            raise Refused(403, "lists are told by servers with a token only: without one, ids are the only secrets; "
+                               "start it with LONGLIVE_TOKEN")
+
+    @router.get("/api/sessions", tags=["sessions"], response_model=list[SessionEntry])
+    async def sessions() -> list[dict]:
+        """All sessions, on a server with a token."""
+        check_may_list()
+        return [show.state() for show in studio.shows()]
+
+    @router.get("/api/sessions/{identity}", tags=["sessions"], response_model=SessionState,
+                 response_model_exclude_unset=True)
     async def session_state(identity: str) -> dict:
         """All there is to say of a session, every prompt so far included."""
         show = studio.show(identity)
         show.seen()
         return {**show.state(whole=True), "server": studio.health()}
 
-    @router.patch("/api/sessions/{identity}", tags=["sessions"])
+    @router.patch("/api/sessions/{identity}", tags=["sessions"], response_model=SessionState,
+                  response_model_exclude_unset=True)
     async def change_session(identity: str, body: Settings) -> dict:
         """Pauses it or lets it go on, and changes settings."""
         show = studio.show(identity)
@@ -85,7 +101,7 @@ def routes(studio: Studio, suggestions: list[str]) -> APIRouter:
         """Ends it. Its recording stays on the server's disk until room is needed."""
         await run_in_threadpool(studio.end_show, identity)
 
-    @router.post("/api/sessions/{identity}/prompts", status_code=202, tags=["sessions"])
+    @router.post("/api/sessions/{identity}/prompts", status_code=202, tags=["sessions"], response_model=PromptAnswer)
     async def send_prompt(identity: str, body: NewPrompt) -> dict:
         """A prompt for the next block, or with `at` for a second of the video that is not made yet."""
         show = studio.show(identity)
@@ -96,7 +112,8 @@ def routes(studio: Studio, suggestions: list[str]) -> APIRouter:
         """Takes back a prompt that still waits."""
         studio.show(identity).cancel(number)
 
-    @router.post("/api/sessions/{identity}/restart", tags=["sessions"])
+    @router.post("/api/sessions/{identity}/restart", tags=["sessions"], response_model=SessionState,
+                 response_model_exclude_unset=True)
     async def restart(identity: str, body: Restart) -> dict:
         """Begins the video anew with the present prompt, and with another seed where one is given."""
         show = studio.show(identity)
@@ -124,7 +141,7 @@ def routes(studio: Studio, suggestions: list[str]) -> APIRouter:
         """How the video.mp4 that was fetched last was made; `inference.py --remake` makes it again from this."""
         return await _file(studio.show(identity).description(), "application/json")
 
-    @router.post("/api/jobs", status_code=202, tags=["jobs"])
+    @router.post("/api/jobs", status_code=202, tags=["jobs"], response_model=JobState)
     async def create_job(body: NewJob) -> dict:
         """A video to be made whole, in the time that live sessions leave."""
         prompts = [check_prompt(prompt, limits) for prompt in body.prompts]
@@ -134,7 +151,13 @@ def routes(studio: Studio, suggestions: list[str]) -> APIRouter:
         job = await run_in_threadpool(studio.create_job, story, frames, body.overrides)
         return job.state()
 
-    @router.get("/api/jobs/{identity}", tags=["jobs"])
+    @router.get("/api/jobs", tags=["jobs"], response_model=list[JobState])
+    async def jobs() -> list[dict]:
+        """All jobs, on a server with a token."""
+        check_may_list()
+        return [job.state() for job in studio.jobs()]
+
+    @router.get("/api/jobs/{identity}", tags=["jobs"], response_model=JobState)
     async def job_state(identity: str) -> dict:
         """How far it is: queued, running, done, failed or cancelled."""
         return studio.job(identity).state()

@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
+from live.answers import describe_websocket
 from live.api import routes
 from live.messages import explain
 from live.refused import Refused
@@ -48,7 +49,7 @@ def make_app(studio: Studio, access: Access, suggestions: list[str]) -> FastAPI:
 
     app = FastAPI(title="LongLive", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
                   description="Video that is made while it plays: sessions that are typed live, and jobs.")
-    app.include_router(routes(studio, suggestions))
+    app.include_router(routes(studio, suggestions, may_list=bool(access.token)))
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -59,6 +60,7 @@ def make_app(studio: Studio, access: Access, suggestions: list[str]) -> FastAPI:
         return FileResponse(PAGE / "docs.html")
 
     app.mount("/page", StaticFiles(directory=PAGE))
+    describe_websocket(app)
     _explain_errors(app, studio)
     app.add_middleware(Guard, access=access, body_bytes=studio.limits.body_bytes, metrics=studio.metrics)
     return app

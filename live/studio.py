@@ -125,9 +125,7 @@ class Studio:
         self._tell_all()
 
     def _tell_all(self) -> None:
-        with self._lock:
-            shows = list(self._shows.values())
-        for show in shows:
+        for show in self.shows():
             show.changed()
 
     def _next(self) -> Show | JobRun | None:
@@ -186,6 +184,16 @@ class Studio:
     def _record(self, take: Take) -> Recording:
         return Recording(take, self.storage, self._weights)
 
+    def shows(self) -> list[Show]:
+        """All sessions, the oldest first."""
+        with self._lock:
+            return list(self._shows.values())
+
+    def jobs(self) -> list[JobRun]:
+        """All jobs that are not forgotten, the oldest first."""
+        with self._lock:
+            return list(self._jobs.values())
+
     def show(self, identity: str) -> Show:
         """Raises Refused where there is no such session."""
         with self._lock:
@@ -204,9 +212,7 @@ class Studio:
 
     def end_idle(self) -> None:
         """Ends the sessions that nobody watches or asks after any more."""
-        with self._lock:
-            shows = list(self._shows.values())
-        for show in shows:
+        for show in self.shows():
             show.drop_stalled()
             if show.idle_for() > self.limits.idle_seconds:
                 with contextlib.suppress(Refused):  # ended just now

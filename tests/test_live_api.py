@@ -1,7 +1,10 @@
 """What the live server's API answers: what it takes, what it refuses and in which words, and what it says of itself."""
 
+import re
+
 import pytest
 
+from live.answers import ErrorMessage, OkMessage, SessionState
 from pipeline.engine import Engine
 from tests.live_client import LiveServer, wait_until, watching
 
@@ -141,3 +144,34 @@ def test_health_info_metrics_and_docs(server):
     assert {"/api/sessions", "/api/jobs", "/health", "/metrics"} <= spec["paths"].keys()
     for page in ("/", "/docs", "/page/main.js", "/page/style.css"):
         assert server.http.get(page).status_code == 200, page
+
+
+def test_openapi_describes_answers_and_messages(server):
+    spec = server.http.get("/openapi.json").json()
+    schemas = spec["components"]["schemas"]
+    state = schemas["SessionState"]["properties"]
+    assert "seconds" in state["turn_seconds"]["description"] and "take" in state["take"]["description"]
+    (socket,) = spec["x-websocket"].values()
+    types = {way: [schemas[one["$ref"].split("/")[-1]]["properties"]["type"]["const"] for one in socket[way]]
+             for way in ("send", "receive")}
+    assert types == {"send": ["prompt", "cancel", "set", "restart", "played"], "receive": ["state", "ok", "error"]}
+    told = str(spec)
+    assert all(name in schemas for name in re.findall(r"#/components/schemas/(\w+)", told))
+
+
+def test_answers_are_as_described(server):
+    """Nothing is left out of the description, and so of the HTTP API's answers, that the WebSocket tells."""
+    with watching(server, prompt="a") as (session, player):
+        player.prompt("b", at=100)
+        player.until_frame(8)
+        player.prompt("c")
+        player.until(lambda: player.states[-1]["prompts"])
+        for model, told in ((SessionState, player.states[0]), (SessionState, player.states[-1]),
+                            (OkMessage, player.answers[0]), (ErrorMessage, player.ask(type="cancel", number=99)),
+                            (SessionState, server.state(session))):
+            assert model.model_validate(told).model_dump(exclude_unset=True) == told
+    studio = server.studio
+    assert server.state(session).keys() == {*studio.show(session).state(), "server"}
+    job = server.http.post("/api/jobs", json={"prompts": ["a"], "num_output_frames": 3}).json()
+    assert job.keys() == studio.job(job["id"]).state().keys()
+    assert server.http.get("/health").json().keys() == studio.health().keys()

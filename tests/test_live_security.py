@@ -175,6 +175,16 @@ def test_own_address_can_be_opened():
     assert live.server.reachable_name("2001:db8::5") == "[2001:db8::5]"
 
 
+def test_sessions_and_jobs_are_listed_for_who_knows_the_token(guarded_server):
+    session = guarded_server.create(prompt="a")
+    job = guarded_server.http.post("/api/jobs", json={"prompts": ["b"], "num_output_frames": 3}).json()["id"]
+    (told,) = (one for one in guarded_server.http.get("/api/sessions").json() if one["id"] == session)
+    assert told == {"id": session, "status": "unwatched", "seconds": 0, "viewers": 0, "prompt": None}
+    assert job in [one["id"] for one in guarded_server.http.get("/api/jobs").json()]
+    assert guarded_server.http.get("/api/sessions", headers={"authorization": ""}).status_code == 401
+    guarded_server.http.delete(f"/api/sessions/{session}")
+
+
 def test_browser_without_a_token_is_told_how(guarded_server):
     answer = guarded_server.http.get("/", headers={"authorization": "", "accept": "text/html,*/*;q=0.8"})
     assert answer.status_code == 401 and answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -317,5 +327,7 @@ def test_ids_are_not_to_be_guessed(server):
     assert all(len(one) >= 16 for one in ids)
     for one in ids:
         server.http.delete(f"/api/sessions/{one}")
-    assert server.http.get("/api/sessions").status_code == 405
+    for path in ("/api/sessions", "/api/jobs"):  # without a token the ids are all that is secret
+        answer = server.http.get(path)
+        assert answer.status_code == 403 and "LONGLIVE_TOKEN" in answer.json()["detail"]
     assert server.http.get(f"/api/sessions/{random.Random(0).getrandbits(96):024x}").status_code == 404
