@@ -10,9 +10,9 @@ from live.messages import CancelMessage, PlayedMessage, PromptMessage, RestartMe
 
 REFERENCE = "#/components/schemas/{model}"
 SENT = (PromptMessage, CancelMessage, SetMessage, RestartMessage, PlayedMessage)
-BINARY = ("Each binary message is a frame: a header of 20 bytes, little-endian, and a JPEG. The header: version (uint8, "
-          "1), flags (uint8; 1: the first frame under its prompt, 2: a still, not to be played), take (uint16), frame "
-          "(uint32), number of its prompt (uint32), Unix time it was made (float64, seconds).")
+BINARY = ("Each binary message is a frame: a header of 20 bytes, little-endian, and a JPEG. The header: version "
+          "(uint8, 1), flags (uint8; 1: the first frame under its prompt, 2: a still, not to be played), take "
+          "(uint16), frame (uint32), number of its prompt (uint32), Unix time it was made (float64, seconds).")
 
 
 class Health(BaseModel):

@@ -115,7 +115,8 @@ def routes(studio: Studio, suggestions: list[str], may_list: bool) -> APIRouter:
     @router.post("/api/sessions/{identity}/restart", tags=["sessions"], response_model=SessionState,
                  response_model_exclude_unset=True)
     async def restart(identity: str, body: Restart) -> dict:
-        """Begins the video anew with the present prompt, and with another seed where one is given."""
+        """Begins the video anew with the present prompt, and with another seed where one is given. Scheduled prompts
+        are dropped."""
         show = studio.show(identity)
         show.restart(body.seed)
         return show.state()

@@ -27,7 +27,8 @@ MOST_PROMPTS = 100
 
 
 class JobRun:
-    """The video of one story. The generation thread calls `ready` and `step`; all else is for any thread."""
+    """The video of one story. The generation thread calls `ask_for_turn`, `step` and `fail`; all else is for
+    any thread."""
 
     def __init__(self, story: Story, timeline: Timeline, config: Config, encode: Callable[[str], Future],
                  record: Callable[[Take], Recording], metrics: Metrics, wake: Callable[[], None]):
@@ -63,7 +64,7 @@ class JobRun:
     def active(self) -> bool:
         return self.status in ("queued", "running")
 
-    def ready(self) -> bool:
+    def ask_for_turn(self) -> bool:
         """Whether a block can be made now: its prompt is encoded and the output keeps up."""
         if not self.active or self._output.is_full or self.take.frames >= self.timeline.frames:
             return False

@@ -74,7 +74,7 @@ class Settings(Strict):
 
 
 class Restart(Strict):
-    """A new take with the present prompt; without a seed, with the same one."""
+    """A new take with the present prompt; without a seed, with the same one. Scheduled prompts are dropped."""
 
     seed: Seed | None = None
 

@@ -143,7 +143,7 @@ class Studio:
     def _after(self, kind: type, ring: list) -> Show | JobRun | None:
         ids = [one.id for one in ring]
         start = ids.index(self._last[kind]) + 1 if self._last.get(kind) in ids else 0
-        ready = [one.ready() for one in ring]  # all are asked: each notes since when it is
+        ready = [one.ask_for_turn() for one in ring]  # all of them: each notes since when it asks
         order = [*range(start, len(ring)), *range(start)]
         return next((ring[i] for i in order if ready[i]), None)
 

@@ -158,6 +158,14 @@ def test_restart_with_a_seed_begins_a_new_take_with_the_same_prompt(server, fold
         assert next(frame for frame in player.frames if frame.take == 3).jpeg == player.frames[0].jpeg
 
 
+def test_restart_drops_scheduled_prompts(server):
+    session = server.create(prompt="a")
+    server.http.post(f"/api/sessions/{session}/prompts", json={"prompt": "b", "at": 5})
+    server.http.post(f"/api/sessions/{session}/restart", json={})
+    state = server.state(session)
+    assert state["scheduled"] == [] and state["next"]["prompt"] == "a"
+
+
 def test_restart_before_the_first_block_keeps_the_prompt(server):
     for _ in range(5):
         with watching(server, prompt="a") as (_, player):
