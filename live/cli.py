@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
                                                                      "as https://example.org")
     add("--output-folder", default="videos/live", metavar="PATH", help="where recordings go (default: videos/live)")
     add("--no-browser", action="store_true", help="do not open the page")
-    add("--terminal", action="store_true", help="no page: read prompts from the terminal, write one MP4")
+    add("--terminal", action="store_true", help="no page: a prompt a line, one MP4; '@12 a prompt' is for "
+                                           "second 12; of several for one block the last wins")
     add("--prompt", metavar="TEXT", help="with --terminal: the first prompt")
     add("--seconds", type=float, metavar="S", help="with --terminal: length; without it, until the input ends")
     for option, (_, _, about) in LIMITS.items():
@@ -105,6 +106,8 @@ def _limits(args: argparse.Namespace) -> Limits:
             continue
         if not 0 < value < 1e9:
             raise UserError(f"--{option} {value:g} must be a number above 0: {about}")
+        if kinds[name] is int and factor == 1 and value != int(value):
+            raise UserError(f"--{option} {value:g} must be a whole number: {about}")
         given[name] = kinds[name](value * factor)
         if given[name] == 0:
             raise UserError(f"--{option} {value:g} must be at least 1: {about}")

@@ -1,9 +1,13 @@
 """A job: a video that is asked for whole and fetched when it is done."""
 
+import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+
+from torch import Tensor
 
 from live.limits import Limits
 from live.metrics import Metrics
@@ -17,11 +21,14 @@ from utils.config import Config
 from utils.prompts import Story, check_story
 from wan.geometry import frames_of
 
+log = logging.getLogger(__name__)
+
 MOST_PROMPTS = 100
 
 
 class JobRun:
-    """The video of one story. The generation thread calls `ready` and `step`; all else is for any thread."""
+    """The video of one story. The generation thread calls `ask_for_turn`, `step` and `fail`; all else is for
+    any thread."""
 
     def __init__(self, story: Story, timeline: Timeline, config: Config, encode: Callable[[str], Future],
                  record: Callable[[Take], Recording], metrics: Metrics, wake: Callable[[], None]):
@@ -57,7 +64,7 @@ class JobRun:
     def active(self) -> bool:
         return self.status in ("queued", "running")
 
-    def ready(self) -> bool:
+    def ask_for_turn(self) -> bool:
         """Whether a block can be made now: its prompt is encoded and the output keeps up."""
         if not self.active or self._output.is_full or self.take.frames >= self.timeline.frames:
             return False
@@ -71,19 +78,26 @@ class JobRun:
                 return
             self.status = "running"
         change = self.take.pick()
+        start = time.monotonic()
         frames = self.take.make(engine, change)
+        self.metrics.block(time.monotonic() - start, len(frames))
         left = self.timeline.frames - self.take.frames
         block = self.take.done(change, frames)
-        self.metrics.blocks.add()
-        self.metrics.frames.add(len(block.frames))
-        self._output.call(self.recording.write, block.frames[:left])
+        self._output.call(self._write, block.frames[:left])
         if left <= len(block.frames):
             self.take.session = None
             self._output.call(self._finish, "done", "")
 
+    def _write(self, frames: Tensor) -> None:
+        if self.active:  # a block that was being made when the job was cancelled comes too late
+            self.recording.write(frames)
+
     def _finish(self, status: str, message: str) -> None:
         self.recording.finish()
         self._output.close()
+        if self.recording.whole < self.timeline.frames:
+            log.warning("Job %s stopped after %d of %d frames%s", self.id[:4], self.recording.whole,
+                        self.timeline.frames, f"; they are in {self.recording.path}" if self.recording.whole else "")
         with self._lock:
             if status == "done" and self.recording.failure:
                 status, message = "failed", self.recording.failure

@@ -1,16 +1,29 @@
 """What clients may ask for: bodies of the HTTP API, and messages of the WebSocket. Unknown keys are errors."""
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from live.limits import Limits
 from live.refused import Refused
+from utils.config import nearest
 
 LATEST_SECOND = 1_000_000
 Refresh = Literal["recache", "keep", "reset"]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="Same seed and prompts, same video.")]
 Second = Annotated[float, Field(ge=0, le=LATEST_SECOND)]
+Length = Annotated[float, Field(gt=0, le=LATEST_SECOND, description="Seconds of video, where it is not endless.")]
 Number = StrictInt | float | StrictBool
 Overrides = Annotated[dict[str, Number | list[StrictInt]], Field(
     max_length=20, description="Config keys for this video alone, such as model_kwargs.sink_size.")]
@@ -18,6 +31,18 @@ Overrides = Annotated[dict[str, Number | list[StrictInt]], Field(
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_all_fields(cls, given: Any) -> Any:
+        """Refuses an unknown field before anything else: what is missing then is often what it was to be."""
+        known = list(cls.model_fields)
+        for key in given if isinstance(given, dict) else ():
+            if key not in known:
+                name = key[:60] if key.isidentifier() else ascii(key)[:60]
+                hint = nearest(key[:60], known) or f"; known are {', '.join(known)}"
+                raise PydanticCustomError("unknown_field", "unknown field {name}{hint}", {"name": name, "hint": hint})
+        return given
 
 
 class NewSession(Strict):
@@ -27,7 +52,7 @@ class NewSession(Strict):
     seed: Seed | None = None
     refresh: Refresh = "recache"
     endless: bool = True
-    seconds: Second | None = Field(None, description="Length where it is not endless.")
+    seconds: Length | None = None
     overrides: Overrides = {}
 
 
@@ -45,11 +70,11 @@ class Settings(Strict):
     paused: bool | None = None
     endless: bool | None = None
     refresh: Refresh | None = None
-    seconds: Second | None = None
+    seconds: Length | None = None
 
 
 class Restart(Strict):
-    """A new take with the present prompt; without a seed, with the same one."""
+    """A new take with the present prompt; without a seed, with the same one. Scheduled prompts are dropped."""
 
     seed: Seed | None = None
 
@@ -109,11 +134,30 @@ def parse(text: str) -> Message:
         raise Refused(422, "that is no message") from None
 
 
+def id_of(text: str) -> int | None:
+    """The id of a message that is refused, so that its sender knows which one it was; None where none can be read."""
+    try:
+        identity = json.loads(text)["id"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return identity if type(identity) is int else None
+
+
 def explain(errors: list[dict]) -> str:
     """The first of pydantic's complaints, in a line."""
     first = errors[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-    return f"{where[:100]}: {first['msg'][:300]}" if where else first["msg"][:300]
+    kind, place = first["type"], [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    if kind == "json_invalid" and first["loc"][:1] == ("body",):
+        return f"the body is no JSON: {first['ctx']['error']}, at character {first['loc'][-1]}"
+    if not place and isinstance(first["input"], bytes):
+        return "send the body with the header Content-Type: application/json"
+    if not place and kind in ("missing", "model_attributes_type", "dict_type"):
+        return 'needed is a JSON object, such as {"prompt": "a red ball"}'
+    where = ".".join(place)[:100]
+    if kind == "missing":
+        return f"{where} is needed"
+    line = f"{where}: {first['msg'][:300]}" if where else first["msg"][:300]
+    return line.encode(errors="backslashreplace").decode()  # a key may have half a character
 
 
 def check_prompt(prompt: str, limits: Limits) -> str:
@@ -126,3 +170,10 @@ def check_prompt(prompt: str, limits: Limits) -> str:
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise Refused(422, "the prompt has half a character (a surrogate); write it anew")
     return prompt
+
+
+def check_seconds(seconds: float | None, limits: Limits) -> float | None:
+    """A length, or a place in a video. Raises Refused for one beyond the longest video."""
+    if seconds is not None and seconds > limits.session_seconds:
+        raise Refused(422, f"second {seconds:g} is beyond the {limits.session_seconds:g} s that a video may have here")
+    return seconds

@@ -1,6 +1,7 @@
 """Figures for Prometheus, in its text format."""
 
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 
@@ -85,10 +86,13 @@ class Metrics:
         self.frames.add(frames)
         self.block_seconds.observe(seconds)
 
-    def sent(self, size: int) -> None:
-        """Notes a frame that was sent."""
+    def sent(self, size: int, asked_at: float | None) -> None:
+        """Notes a frame of so many bytes that was sent. asked_at: when its prompt was asked for, if it is the first
+        under it."""
         self.frames_sent.add()
         self.bytes_sent.add(size)
+        if asked_at is not None:
+            self.prompt_seconds.observe(time.monotonic() - asked_at)
 
     def gauge(self, name: str, about: str, read: Callable[[], float]) -> None:
         self._all[name] = (about, Gauge(read))

@@ -9,6 +9,7 @@ from torch import Tensor
 from live.storage import Storage
 from live.take import Take
 from pipeline.render import Job, request_of, write_sidecar
+from pipeline.timeline import Timeline
 from utils.errors import UserError
 from utils.report import VideoTimes
 from utils.video import Mp4Writer, find_ffmpeg
@@ -23,10 +24,13 @@ class Recording:
     called, and after `finish`. For one thread.
 
     What stops a recording (a full disk, ffmpeg killed) does not stop the take: `failure` says it, in words for viewers.
+    asked: what the video is to show where its length is known; it is complete only once it has all of that. A live take
+    has no length, so what there is of it is complete.
     """
 
-    def __init__(self, take: Take, storage: Storage, weights: dict[str, str], kind: str = "live"):
-        self.take, self.storage, self.weights = take, storage, weights
+    def __init__(self, take: Take, storage: Storage, weights: dict[str, str], kind: str = "live",
+                 asked: Timeline | None = None):
+        self.take, self.storage, self.weights, self.asked = take, storage, weights, asked
         self.path = storage.new(kind)
         self.failure = ""
         self.whole = 0  # frames in the file at `path`
@@ -89,13 +93,15 @@ class Recording:
             self._failed(error)
 
     def _describe(self) -> None:
-        timeline = self.take.timeline(self.whole)
+        made = self.take.timeline(self.whole)
+        timeline = self.asked or made
         config = self.take.config
         request = request_of(timeline, self.take.seed, 0, config, self.weights)
         session = self.take.session
         stages = {**session.watch.read(), "encode": [self._encoding]} if session else {}
-        times = VideoTimes(self.path.stem, self.whole, timeline.latents, time.monotonic() - self._began, stages)
-        write_sidecar(Job(self.path, timeline, self.take.seed, 0, request), times, config, complete=True)
+        times = VideoTimes(self.path.stem, self.whole, made.latents, time.monotonic() - self._began, stages)
+        write_sidecar(Job(self.path, timeline, self.take.seed, 0, request), times, config,
+                      complete=self.whole == timeline.frames)
 
     def _failed(self, error: Exception) -> None:
         log.warning("Recording %s stops: %s", self.path.stem, error)

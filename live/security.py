@@ -3,6 +3,7 @@
 import hmac
 import ipaddress
 import json
+import re
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, quote, urlsplit
@@ -19,6 +20,17 @@ OPEN_PATHS = ("/health",)  # for whoever has no token
 SHORTEST_TOKEN = 12
 DRAINED = 1 << 20  # bytes of a body that is too long which are read before it is refused
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+WITHOUT_TOKEN = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>LongLive: a token is needed</title>
+<h1>A token is needed</h1>
+<p>Whoever started this server knows it: it is what they gave as LONGLIVE_TOKEN or --token.</p>
+<p>Open this server's address once with <code>/?token=TOKEN</code> at its end, with the token in place of TOKEN. This
+browser keeps it then.</p>
+</html>
+"""  # for people; programs are told in JSON
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
                                "frame-ancestors 'none'; form-action 'self'",
@@ -44,6 +56,24 @@ class Access:
                            or not self.token.isprintable() or set(self.token) & set(' ;,"\\')):
             raise UserError(f"the token needs at least {SHORTEST_TOKEN} letters, digits, - and _, such as what "
                             f"`openssl rand -hex 16` prints")
+        for origin in self.origins:
+            if not _is_origin(origin):
+                raise UserError(f"--origin {origin} is no origin of a web page; write scheme and host, and the port "
+                                f"where it is not the usual one, as https://example.org")
+
+
+def _is_origin(text: str) -> bool:
+    """Whether a browser could say that a page is from there: scheme, host and port only, nothing that goes without
+    saying."""
+    try:
+        parts = urlsplit(text)
+        usual = {"http": 80, "https": 443}.get(parts.scheme)
+        told = "" if parts.port is None or parts.port == usual else f":{parts.port}"
+    except ValueError:
+        return False
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return bool(parts.scheme and host) and re.fullmatch(r"[\w.:\[\]-]+", host, re.ASCII) is not None \
+        and text == f"{parts.scheme}://{host}{told}"
 
 
 def is_local(host: str) -> bool:
@@ -166,8 +196,11 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, messa
         await receive()
         await send({"type": "websocket.close", "code": 1008, "reason": message})  # before it is accepted: HTTP 403
         return
-    body = json.dumps({"detail": message}, ensure_ascii=False).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
+    kind, text = "application/json", json.dumps({"detail": message}, ensure_ascii=False)
+    if status == 401 and "text/html" in Headers(scope=scope).get("accept", ""):
+        kind, text = "text/html; charset=utf-8", WITHOUT_TOKEN
+    body = text.encode()
+    headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode()),
                (b"connection", b"close")]
     send = _with_headers(send)
     await send({"type": "http.response.start", "status": status, "headers": headers})

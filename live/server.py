@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
+from live.answers import describe_websocket
 from live.api import routes
 from live.messages import explain
 from live.refused import Refused
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 TIDY_EVERY = 5.0  # seconds
+ANY_ADDRESS = ("0.0.0.0", "::")  # to listen on; nothing can be opened there
+ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}  # addresses for documentation
 GOODBYE = 5  # seconds that open connections get at the end
 
 
@@ -46,7 +49,7 @@ def make_app(studio: Studio, access: Access, suggestions: list[str]) -> FastAPI:
 
     app = FastAPI(title="LongLive", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
                   description="Video that is made while it plays: sessions that are typed live, and jobs.")
-    app.include_router(routes(studio, suggestions))
+    app.include_router(routes(studio, suggestions, may_list=bool(access.token)))
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -57,6 +60,7 @@ def make_app(studio: Studio, access: Access, suggestions: list[str]) -> FastAPI:
         return FileResponse(PAGE / "docs.html")
 
     app.mount("/page", StaticFiles(directory=PAGE))
+    describe_websocket(app)
     _explain_errors(app, studio)
     app.add_middleware(Guard, access=access, body_bytes=studio.limits.body_bytes, metrics=studio.metrics)
     return app
@@ -108,6 +112,26 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def reachable_name(host: str) -> str:
+    """What stands for the address that a server listens on in an address that a browser opens, on any machine that is
+    let in."""
+    if host in ("127.0.0.1", "::1"):
+        return "localhost"
+    if host in ANY_ADDRESS:
+        host = _own_address(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    return f"[{host}]" if ":" in host else host
+
+
+def _own_address(family: socket.AddressFamily) -> str:
+    """This machine's address on its network, or its name where it has none."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((ELSEWHERE[family], 9))  # sends nothing: only chooses the way out
+            return probe.getsockname()[0]
+        except OSError:
+            return socket.gethostname()
+
+
 def server_config(app: FastAPI, studio: Studio) -> uvicorn.Config:
     """How uvicorn runs the application: limits on what comes in, no compression of JPEGs, a ping every 10 s."""
     return uvicorn.Config(
@@ -121,10 +145,14 @@ def run(studio: Studio, access: Access, listener: socket.socket, suggestions: li
         open_page: Callable[[str], bool] | None = webbrowser.open) -> None:
     """Serves until Ctrl-C, SIGTERM or SIGHUP; then all recordings are whole."""
     host, port = listener.getsockname()[:2]
-    name = "localhost" if host in ("127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
-    log.info("Open http://%s:%d/%s   (Ctrl-C ends it)", name, port, "?token=…" if access.token else "")
+    if access.token:
+        log.info("Open http://%s:%d/?token=TOKEN with your token in place of TOKEN   (Ctrl-C ends it)",
+                 reachable_name(host), port)
+    else:
+        log.info("Open http://%s:%d/   (Ctrl-C ends it)", reachable_name(host), port)
     if open_page is not None:
-        open_page(f"http://{name}:{port}/{f'?token={access.token}' if access.token else ''}")
+        here = "localhost" if host in ANY_ADDRESS else reachable_name(host)
+        open_page(f"http://{here}:{port}/{f'?token={access.token}' if access.token else ''}")
     server = uvicorn.Server(server_config(make_app(studio, access, suggestions), studio))
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal ends it as SIGTERM does
         signal.signal(signal.SIGHUP, server.handle_exit)

@@ -19,7 +19,6 @@ from live.take import Block, Change, Take
 from live.viewer import Viewer
 from pipeline.engine import Engine
 from utils.config import Config
-from utils.errors import UserError
 from wan.geometry import frames_of
 
 log = logging.getLogger(__name__)
@@ -32,8 +31,11 @@ SMOOTH = 0.3  # weight of the newest block in the running means
 class Show:
     """One take after the other, the viewers that see them, and the recording of the present one.
 
-    The generation thread calls `ready` and `step`; all else is for any thread. What a block's frames need afterwards is
-    done by the show's own output thread, so that nothing but `step` takes the generation thread's time.
+    | thread               | calls                                                                                |
+    |----------------------|--------------------------------------------------------------------------------------|
+    | generation (one)     | ask_for_turn, step, fail                                                             |
+    | output (a show's own)| _publish, and the recording's write, cut and finish: all that frames need after step |
+    | any                  | all else; `_lock` keeps them apart, and is never held while a block is computed      |
     """
 
     def __init__(self, config: Config, limits: Limits, encode: Callable[[str], Future],
@@ -52,7 +54,7 @@ class Show:
         self._numbers = 0  # prompts asked for so far
         self._last_seen = time.monotonic()
         self._last: list[bytes] = []  # the newest frame, for whoever comes
-        self._ready_since: float | None = None
+        self._asking_since: float | None = None
         self.block_seconds = self.turn_seconds = 0.0  # running means: computing, and from wish to frames
         self.block_frames = frames_of(2 * config.num_frame_per_block) - frames_of(config.num_frame_per_block)
         self.lead = math.ceil(limits.lead_seconds * config.fps)
@@ -67,13 +69,13 @@ class Show:
 
     # What the generation thread asks and does
 
-    def ready(self) -> bool:
-        """Whether a block should be made now: someone watches and needs it soon."""
+    def ask_for_turn(self) -> bool:
+        """Whether a block should be made now: someone watches and needs it soon. Notes since when that is so."""
         with self._lock:
-            ready = self._wants_block()
-            if ready and self._ready_since is None:
-                self._ready_since = time.monotonic()
-            return ready
+            wants = self._wants_block()
+            if wants and self._asking_since is None:
+                self._asking_since = time.monotonic()
+            return wants
 
     def _wants_block(self) -> bool:
         if self.closed or self.failure or self.paused or not self.viewers or self._output.is_full or self.ended:
@@ -94,17 +96,17 @@ class Show:
     def step(self, engine: Engine) -> None:
         """Makes the next block and hands it to the output thread. Raises whatever the engine raises."""
         with self._lock:
-            take, number = self.take, self.take_number
+            take, take_number = self.take, self.take_number
             change = take.pick()
         start = time.monotonic()
         frames = take.make(engine, change)
         now = time.monotonic()
         with self._lock:
             block = take.done(change, frames)
-            self._note_times(now - start, now - (self._ready_since or start), len(frames))
-            self._ready_since = None
+            self._note_times(now - start, now - (self._asking_since or start), len(frames))
+            self._asking_since = None
             if not self.closed and take is self.take:
-                self._output.call(self._publish, block, number, self.recording)
+                self._output.call(self._publish, block, take_number, self.recording)
 
     def _note_times(self, seconds: float, turn: float, frames: int) -> None:
         self.metrics.block(seconds, frames)
@@ -115,16 +117,16 @@ class Show:
     def fail(self, message: str) -> None:
         """Ends the take for a reason that viewers are told."""
         with self._lock:
-            self.failure, self.take.session, self._ready_since = message, None, None
+            self.failure, self.take.session, self._asking_since = message, None, None
         self._output.call(self.recording.cut)
         self.changed()
 
     # What the output thread does
 
-    def _publish(self, block: Block, number: int, recording: Recording) -> None:
-        packets = pack(block, number)
+    def _publish(self, block: Block, take_number: int, recording: Recording) -> None:
+        packets = pack(block, take_number)
         with self._lock:
-            if number == self.take_number:
+            if take_number == self.take_number:
                 self._last = [still(packets[-1])]
                 for viewer in self.viewers:
                     viewer.show(packets, block.asked_at)
@@ -146,7 +148,7 @@ class Show:
                 raise Refused(429, f"this session has {len(self.viewers)} viewers already")
             viewer.played = self.take.frames
             self.viewers.add(viewer)
-            self.played = max(one.played for one in self.viewers)
+            self._follow_fastest()
             viewer.send({**self.state(whole=True), **more})
             viewer.show(self._last)
             self.seen()
@@ -159,8 +161,7 @@ class Show:
                 return
             self.viewers.discard(viewer)
             self.metrics.frames_dropped.add(viewer.dropped)
-            if self.viewers:
-                self.played = max(one.played for one in self.viewers)
+            self._follow_fastest()
             self.seen()
         self.changed()
 
@@ -169,9 +170,14 @@ class Show:
         with self._lock:
             if take == self.take_number and viewer in self.viewers:
                 viewer.played = max(viewer.played, min(played, self.take.frames))
-                self.played = max(one.played for one in self.viewers)
+                self._follow_fastest()
                 self.seen()
         self._wake()
+
+    def _follow_fastest(self) -> None:
+        # Who is ahead must not run dry for one who lags: that one's oldest frames are dropped instead (see Viewer).
+        if self.viewers:
+            self.played = max(one.played for one in self.viewers)
 
     def drop_stalled(self) -> None:
         """Gives up viewers that have taken nothing for long: they would keep the session for ever."""
@@ -196,8 +202,9 @@ class Show:
 
     # What viewers ask for
 
-    def ask(self, prompt: str, refresh: str | None = None, at: float | None = None) -> int:
-        """A prompt for the next block, or for the second `at` of the video. Returns its number.
+    def ask(self, prompt: str, refresh: str | None = None, at: float | None = None) -> dict:
+        """A prompt for the next block, or for the second `at` of the video. Returns its number and, where `at` is
+        given, the frame and second that it takes hold at, with the first block that starts there or later.
 
         Raises Refused for a time that is past, and where too many prompts wait.
         """
@@ -216,10 +223,12 @@ class Show:
             (take.ask if at is None else take.schedule)(change)
             change.embeds.add_done_callback(lambda _: self._wake())
             self.seen()
+            frame = None if at is None else take.frame_of(latent)
         self.metrics.prompts.add()
         self.changed()
         self._wake()
-        return change.number
+        return {"number": change.number, "frame": frame,
+                "second": None if frame is None else frame / self.config.fps}
 
     def cancel(self, number: int) -> None:
         """Takes a prompt back. Raises Refused where none of that number waits."""
@@ -236,18 +245,22 @@ class Show:
             self.endless = self.endless if endless is None else endless
             self.refresh = refresh or self.refresh
             if seconds is not None:
-                self.length = round(seconds * self.config.fps)
-            self._ready_since = None
+                self.length = max(1, round(seconds * self.config.fps))
+            self._asking_since = None
             self.seen()
         self.changed()
         self._wake()
 
     def restart(self, seed: int | None = None) -> None:
-        """A new take, with the prompt that the present one has; its recording is finished."""
+        """A new take with the prompt that was sent last; the recording of the present one is finished.
+
+        Scheduled prompts are dropped: their times were meant for the present take. What the prompt was to do to the
+        cache is forgotten too, since a new take's cache is empty.
+        """
         with self._lock:
             old, recording = self.take, self.recording
             self._begin(old.seed if seed is None else seed)
-            self.failure, self.paused, self._ready_since = "", False, None
+            self.failure, self.paused, self._asking_since = "", False, None
             for viewer in self.viewers:
                 viewer.played = 0
                 viewer.forget_frames()
@@ -333,6 +346,5 @@ class Show:
 
 def words_for(error: Exception) -> str:
     """What viewers are told of an error: nothing of the server's files or code."""
-    if isinstance(error, UserError) or "out of memory" not in str(error).lower():
-        return "this video can't go on: the server failed, its log says why; restart to begin anew"
-    return "this video can't go on: the server is out of memory; restart to begin anew"
+    why = "is out of memory" if "out of memory" in str(error).lower() else "failed, its log says why"
+    return f"this video can't go on: the server {why}; restart to begin anew"

@@ -125,9 +125,7 @@ class Studio:
         self._tell_all()
 
     def _tell_all(self) -> None:
-        with self._lock:
-            shows = list(self._shows.values())
-        for show in shows:
+        for show in self.shows():
             show.changed()
 
     def _next(self) -> Show | JobRun | None:
@@ -145,7 +143,7 @@ class Studio:
     def _after(self, kind: type, ring: list) -> Show | JobRun | None:
         ids = [one.id for one in ring]
         start = ids.index(self._last[kind]) + 1 if self._last.get(kind) in ids else 0
-        ready = [one.ready() for one in ring]  # all are asked: each notes since when it is
+        ready = [one.ask_for_turn() for one in ring]  # all of them: each notes since when it asks
         order = [*range(start, len(ring)), *range(start)]
         return next((ring[i] for i in order if ready[i]), None)
 
@@ -183,8 +181,18 @@ class Studio:
         config = own_config(self.config, overrides or {})
         return config if seed is None else dataclasses.replace(config, seed=seed)
 
-    def _record(self, take: Take, kind: str = "live") -> Recording:
-        return Recording(take, self.storage, self._weights, kind)
+    def _record(self, take: Take) -> Recording:
+        return Recording(take, self.storage, self._weights)
+
+    def shows(self) -> list[Show]:
+        """All sessions, the oldest first."""
+        with self._lock:
+            return list(self._shows.values())
+
+    def jobs(self) -> list[JobRun]:
+        """All jobs that are not forgotten, the oldest first."""
+        with self._lock:
+            return list(self._jobs.values())
 
     def show(self, identity: str) -> Show:
         """Raises Refused where there is no such session."""
@@ -204,9 +212,7 @@ class Studio:
 
     def end_idle(self) -> None:
         """Ends the sessions that nobody watches or asks after any more."""
-        with self._lock:
-            shows = list(self._shows.values())
-        for show in shows:
+        for show in self.shows():
             show.drop_stalled()
             if show.idle_for() > self.limits.idle_seconds:
                 with contextlib.suppress(Refused):  # ended just now
@@ -224,7 +230,8 @@ class Studio:
             done = [job.id for job in self._jobs.values() if not job.active]
             for identity in done[: max(0, len(done) - self.limits.jobs_kept + 1)]:
                 del self._jobs[identity]
-            job = JobRun(story, timeline, config, self.encode, lambda take: self._record(take, "job"), self.metrics,
+            job = JobRun(story, timeline, config, self.encode,
+                         lambda take: Recording(take, self.storage, self._weights, "job", timeline), self.metrics,
                          self._wake.set)
             self._jobs[job.id] = job
         self._wake.set()

@@ -47,6 +47,7 @@ class Take:
         self.config, self.seed = config, seed
         self.session: Session | None = None
         self.latents = 0  # made
+        self.begun = 0  # latents made or being made
         self.number = 0  # of the present prompt
         self.applied: list[tuple[int, Segment]] = []  # number, and where it took hold
         self.next: Change | None = None  # takes hold as soon as it can
@@ -67,6 +68,11 @@ class Take:
         """The prompt that was asked for last, whether or not it has taken hold."""
         latest = self.next or self._begun
         return latest.prompt if latest is not None else self.prompt
+
+    @property
+    def waiting(self) -> list[Change]:
+        """The prompts that have not taken hold yet."""
+        return self.scheduled + ([] if self.next is None else [self.next])
 
     def ask(self, change: Change) -> None:
         """A prompt for the next block; takes the place of another that waits for it."""
@@ -101,7 +107,9 @@ class Take:
         return bool(self._due())
 
     def pick(self) -> Change | None:
-        """The prompt that the next block begins, if any; of several the last wins. Raises what its encoding raised."""
+        """Begins the next block: the prompt that it begins with, if any; of several the last wins. Raises what its
+        encoding raised."""
+        self.begun = self.latents + self.config.num_frame_per_block
         due = self._due()
         if not due:
             return None
@@ -139,9 +147,13 @@ class Take:
         frame = math.ceil(second * self.config.fps - 1e-6)
         return latents_for(frame) if frame > 0 else 0
 
+    def frame_of(self, latent: int) -> int:
+        """The first frame of the block, of those not begun yet, that starts at or after a latent."""
+        return first_frame(whole_blocks(max(latent, self.begun), self.config.num_frame_per_block))
+
     def second_of(self, latent: int) -> float:
-        """When the block that starts at or after a latent is seen."""
-        return first_frame(whole_blocks(latent, self.config.num_frame_per_block)) / self.config.fps
+        """When that block is seen."""
+        return self.frame_of(latent) / self.config.fps
 
     def timeline(self, frames: int) -> Timeline:
         """What the first `frames` frames show."""

@@ -22,7 +22,7 @@ from wan.geometry import frames_of
 log = logging.getLogger(__name__)
 
 HELP = ("Type a prompt and press Enter, at any time; '@12 a prompt' for second 12; an empty line or Ctrl-D ends the "
-        "video.")
+        "video. Of several prompts for one block the last wins.")
 
 
 def play(task: LiveTask, storage: Storage, weights: dict[str, str], source: TextIO | None = None) -> None:
@@ -51,6 +51,8 @@ def play(task: LiveTask, storage: Storage, weights: dict[str, str], source: Text
         raise UserError(f"{recording.failure} after {recording.whole} frames; {recording.path}")
     if recording.whole:
         log.info("%s: %d frames, %.1f s", recording.path, recording.whole, recording.whole / task.config.fps)
+    for change in take.waiting:
+        log.warning("never shown, the video ended before its block: %s", change.prompt)
 
 
 def _make(task: LiveTask, engine: Engine, take: Take, recording: Recording, lines: queue.SimpleQueue,
@@ -68,7 +70,10 @@ def _make(task: LiveTask, engine: Engine, take: Take, recording: Recording, line
                 raise UserError("no prompt for the start of the video: give --prompt TEXT, or a line without @")
             continue
         start = start or time.monotonic()
+        waiting = take.waiting
         change = take.pick()
+        for passed in (one for one in waiting if one is not change and one not in take.waiting):
+            _say_replaced(passed)
         block = take.done(change, take.make(engine, change))
         recording.write(block.frames[: most - block.first])
         if recording.failure:
@@ -89,9 +94,12 @@ def _take_lines(task: LiveTask, engine: Engine, take: Take, lines: queue.SimpleQ
 
 
 def _ask(task: LiveTask, engine: Engine, take: Take, line: str) -> None:
-    at = re.match(r"@\s*(\d+(?:\.\d+)?)\s+", line)
+    at = re.fullmatch(r"@\s*(\d{1,7}(?:\.\d+)?)\s+(.+)", line)
+    if line.startswith("@") and at is None:
+        log.warning("%s: no time and prompt; write '@12 a prompt' for a prompt from second 12 on", line[:90])
+        return
     try:
-        prompt = check_prompt(line[at.end():] if at else line, task.limits)
+        prompt = check_prompt(at[2] if at else line, task.limits)
     except Refused as refused:
         log.warning("%s", refused)
         return
@@ -99,11 +107,17 @@ def _ask(task: LiveTask, engine: Engine, take: Take, line: str) -> None:
     embeds.set_result(engine.encode(prompt))
     number = take.number + len(take.scheduled) + 1
     if at is None:
+        if take.next is not None:
+            _say_replaced(take.next)
         take.ask(Change(prompt, "recache", number, take.latents, embeds))
     elif (latent := take.latent_at(float(at[1]))) < take.latents:
         log.warning("second %s is made already; the video has %.1f s", at[1], take.frames / task.config.fps)
     else:
         take.schedule(Change(prompt, "recache", number, latent, embeds))
+
+
+def _say_replaced(change: Change) -> None:
+    log.warning("never shown, another prompt begins in the same block and wins: %s", change.prompt)
 
 
 def _read(source: TextIO, lines: queue.SimpleQueue) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -14,6 +13,8 @@ from live.messages import (
     RestartMessage,
     SetMessage,
     check_prompt,
+    check_seconds,
+    id_of,
     parse,
 )
 from live.refused import Refused
@@ -52,7 +53,6 @@ async def serve(socket: WebSocket, studio: Studio, identity: str) -> None:
 
 
 async def _send(socket: WebSocket, viewer: Viewer, show: Show, studio: Studio) -> None:
-    metrics = studio.metrics
     while True:
         try:
             item = await viewer.next()
@@ -66,9 +66,7 @@ async def _send(socket: WebSocket, viewer: Viewer, show: Show, studio: Studio) -
         else:
             packet, asked_at = item
             await asyncio.wait_for(socket.send_bytes(packet), SEND_TIMEOUT)
-            metrics.sent(len(packet))
-            if asked_at is not None:
-                metrics.prompt_seconds.observe(time.monotonic() - asked_at)
+            studio.metrics.sent(len(packet), asked_at)
 
 
 async def _receive(socket: WebSocket, viewer: Viewer, show: Show, studio: Studio) -> None:
@@ -77,9 +75,8 @@ async def _receive(socket: WebSocket, viewer: Viewer, show: Show, studio: Studio
         received = await socket.receive()
         if received["type"] == "websocket.disconnect":
             return
-        answer, message = {"type": "ok"}, None
+        answer, message, text = {"type": "ok"}, None, received.get("text")
         try:
-            text = received.get("text")
             if text is None:
                 raise Refused(422, "messages are text")
             message = parse(text)
@@ -92,7 +89,7 @@ async def _receive(socket: WebSocket, viewer: Viewer, show: Show, studio: Studio
             await socket.close(BAD_MESSAGES, "too many messages that are none")
             return
         if not isinstance(message, PlayedMessage):
-            viewer.send({**answer, "id": getattr(message, "id", None)})
+            viewer.send({**answer, "id": id_of(text or "") if message is None else message.id})
 
 
 def _obey(message: Message, viewer: Viewer, show: Show, studio: Studio) -> dict:
@@ -100,11 +97,13 @@ def _obey(message: Message, viewer: Viewer, show: Show, studio: Studio) -> dict:
     if isinstance(message, PlayedMessage):
         show.report(viewer, message.take, message.frames)
     elif isinstance(message, PromptMessage):
-        return {"number": show.ask(check_prompt(message.prompt, studio.limits), message.refresh, message.at)}
+        at = check_seconds(message.at, studio.limits)
+        return show.ask(check_prompt(message.prompt, studio.limits), message.refresh, at)
     elif isinstance(message, CancelMessage):
         show.cancel(message.number)
     elif isinstance(message, RestartMessage):
         show.restart(message.seed)
     elif isinstance(message, SetMessage):
-        show.set(paused=message.paused, endless=message.endless, refresh=message.refresh, seconds=message.seconds)
+        show.set(paused=message.paused, endless=message.endless, refresh=message.refresh,
+                 seconds=check_seconds(message.seconds, studio.limits))
     return {}

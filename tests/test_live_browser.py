@@ -318,4 +318,7 @@ def test_docs_page_lists_the_api(page):
     one = page()
     one.tab.goto(f"{one.server.address}/docs")
     one.wait(lambda: one.tab.locator("details").count() > 10)
-    assert "/api/sessions/{identity}/live" in one.text("#content") and one.errors == []
+    text = one.tab.locator("#content").text_content()
+    for told in ("/api/sessions/{identity}/live", "turn_seconds", '{"type": "played"}', "header of 20 bytes"):
+        assert told in text
+    assert one.errors == []

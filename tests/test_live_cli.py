@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from concurrent.futures import Future
 
 import pytest
 
+import live.terminal
 from live.cli import parse, suggestions
 from live.metrics import Histogram, Metrics
 from live.storage import Storage
@@ -36,7 +38,10 @@ def videos_made(folder) -> list:
     (["--host", "0.0.0.0"], ["--host 0.0.0.0", "LONGLIVE_TOKEN"]),
     (["--port", "70000"], ["--port 70000", "65535"]),
     (["--max-sessions", "0"], ["--max-sessions", "above 0"]),
-    (["--max-sessions", "0.5"], ["--max-sessions", "at least 1"]),
+    (["--max-sessions", "0.5"], ["--max-sessions", "whole number"]),
+    (["--max-sessions", "1.7"], ["--max-sessions 1.7", "whole number"]),
+    (["--disk-gb", "1e-10"], ["--disk-gb", "at least 1"]),
+    (["--origin", "foo"], ["--origin foo", "https://example.org"]),
     (["--disk-gb", "nan"], ["--disk-gb"]),
     (["--prompt", "a"], ["--terminal"]),
     (["--terminal", "--seconds", "-1"], ["--seconds"]),
@@ -76,6 +81,17 @@ def test_suggestions_are_the_shipped_prompts():
     assert suggestions(load_config(None)) == []
 
 
+@pytest.fixture
+def all_lines_are_there(monkeypatch):
+    """The lines of a pipe have all come before the first block is made."""
+    class AtOnce:
+        def __init__(self, target, args, daemon):
+            self.start = lambda: target(*args)
+
+    monkeypatch.setattr(live.terminal, "threading", types.SimpleNamespace(Thread=AtOnce))
+
+
+@pytest.mark.usefixtures("all_lines_are_there")
 def test_piped_prompts(run_here, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", io.StringIO("a red ball\n\n@1 a blue ball\n@0.1 \nx\n@2 a \ud83d\n"))
     outcome = run_here(front_end, "--terminal", "--seconds", "2", "--prompt", "first")
@@ -85,6 +101,30 @@ def test_piped_prompts(run_here, monkeypatch, tmp_path):
     about = json.loads(video.with_suffix(".json").read_text())
     assert [one["prompt"] for one in about["plan"]] == ["x", "a blue ball"]
     assert "surrogate" in outcome.err
+
+
+@pytest.mark.parametrize("line", ["@x foo", "@-1 neg", "@abc x", "@1", "@ foo", "@1e3 x", "@" + "9" * 400 + " x"])
+def test_line_with_an_at_sign_that_is_no_time(run_here, monkeypatch, tmp_path, line):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"a red ball\n{line}\n"))
+    outcome = run_here(front_end, "--terminal", "--seconds", "0.5")
+    assert outcome.code == 0, outcome.err
+    (said,) = (one for one in outcome.err.splitlines() if "'@12 a prompt'" in one)
+    assert said.startswith(line[:90])
+    (about,) = (json.loads(path.read_text()) for path in (tmp_path / "videos/live").glob("*.json"))
+    assert [one["prompt"] for one in about["plan"]] == ["a red ball"]
+
+
+@pytest.mark.usefixtures("all_lines_are_there")
+def test_prompts_that_are_never_shown_are_named(run_here, monkeypatch, tmp_path):
+    lines = "a\nb\nc\n@1 d\n@1.01 e\n@60 f\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    outcome = run_here(front_end, "--terminal", "--seconds", "2")
+    assert outcome.code == 0, outcome.err
+    said = [line for line in outcome.err.splitlines() if line.startswith("never shown")]
+    assert [line.rsplit(" ", 1)[1] for line in said] == ["a", "b", "d", "f"]
+    assert ["another prompt" in line for line in said] == [True, True, True, False]
+    (about,) = (json.loads(path.read_text()) for path in (tmp_path / "videos/live").glob("*.json"))
+    assert [one["prompt"] for one in about["plan"]] == ["c", "e"]
 
 
 def test_pipe_without_a_length_makes_the_configs(run_here, monkeypatch, tmp_path):

@@ -273,3 +273,20 @@ def test_signal_ends_the_server_with_whole_recordings(tiny_yaml, tmp_path, numbe
     for path in files[1::2]:
         about = json.loads(path.with_suffix(".json").read_text())
         assert decode_errors(path) == "" and len(read_frames(path)) == about["frames"] >= 21
+    assert re.findall(r"Job .* stopped after \d+ of (\d+) frames; they are in", errors) == ["9600"]
+
+
+def test_job_that_is_cut_off_is_not_complete(engine, tmp_path, caplog):
+    """Its JSON says what was asked for, so that it can be made again; that of a live take says what there is."""
+    with LiveServer(engine, engine.config, tmp_path) as server, watching(server, prompt="a") as (_, player):
+        job = server.http.post("/api/jobs", json={"prompts": ["b", "c"], "durations": [300, 300]}).json()["id"]
+        wait_until(lambda: server.http.get(f"/api/jobs/{job}").json()["frames"] > 9)
+        player.until_frame(20)
+    (cut,), (live_take,) = ([json.loads(path.read_text()) for path in tmp_path.glob(f"{kind}-*.json")]
+                            for kind in ("job", "live"))
+    assert not cut["complete"] and cut["request"]["frames"] == 9600
+    assert [one["prompt"] for one in cut["request"]["prompts"]] == ["b", "c"]
+    assert 9 <= cut["frames"] == len(read_frames(tmp_path / cut["video"])) < 9600
+    assert live_take["complete"] and live_take["request"]["frames"] == live_take["frames"]
+    said = [record.message for record in caplog.records if record.message.startswith(f"Job {job[:4]} stopped")]
+    assert len(said) == 1 and f"after {cut['frames']} of 9600 frames" in said[0]

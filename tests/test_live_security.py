@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from websockets.exceptions import InvalidStatus
 
-import live
+import live.server
 from live.limits import Limits
 from live.messages import parse
 from live.refused import Refused
@@ -125,6 +125,71 @@ def test_page_keeps_the_token_as_a_cookie(guarded_server):
 def test_other_addresses_need_a_token(host, token, words):
     with pytest.raises(UserError, match=words):
         Access(host, token)
+
+
+@pytest.mark.parametrize("origin", [
+    "foo", "*", "null", "", "example.org", "https://", "https://example.org/", "https://example.org/page",
+    "https://Example.org", "https://example.org:443", "https://user@example.org", "https://*.example.org",
+    "https://example.org:x", "https://example org", "https://exämple.org", "https://example.org?a",
+])
+def test_origins_that_no_browser_says(origin):
+    with pytest.raises(UserError, match="--origin"):
+        Access(origins=(origin,))
+
+
+@pytest.mark.parametrize("origin", ["https://example.org", "http://localhost:3000", "http://[::1]:8000",
+                                    "chrome-extension://abcdefghijklmnop"])
+def test_origins_that_browsers_say(origin):
+    assert Access(origins=(origin,)).origins == (origin,)
+
+
+@pytest.mark.parametrize(("host", "token", "line"), [
+    ("127.0.0.1", "", "Open http://localhost:9/   (Ctrl-C ends it)"),
+    ("127.0.0.1", TOKEN, "Open http://localhost:9/?token=TOKEN with your token in place of TOKEN   (Ctrl-C ends it)"),
+    ("0.0.0.0", TOKEN, "Open http://198.51.100.7:9/?token=TOKEN with your token in place of TOKEN   (Ctrl-C ends it)"),
+    ("10.0.0.9", TOKEN, "Open http://10.0.0.9:9/?token=TOKEN with your token in place of TOKEN   (Ctrl-C ends it)"),
+])
+def test_address_that_is_told(monkeypatch, caplog, host, token, line):
+    """Another machine can open it, and the token is not in the log."""
+    class Listener:
+        getsockname, close = (lambda _: (host, 9)), (lambda _: None)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    monkeypatch.setattr(live.server, "_own_address", lambda family: "198.51.100.7")
+    monkeypatch.setattr(live.server, "make_app", stop)
+    caplog.set_level("INFO")
+    opened = []
+    with pytest.raises(Stopped):
+        live.server.run(None, Access(host, token), Listener(), [], opened.append)
+    assert [record.message for record in caplog.records] == [line]
+    assert opened[0].endswith(f"/?token={token}" if token else ":9/") and "0.0.0.0" not in opened[0]
+
+
+def test_own_address_can_be_opened():
+    assert live.server.reachable_name("0.0.0.0") not in ("", "0.0.0.0")
+    assert live.server.reachable_name("2001:db8::5") == "[2001:db8::5]"
+
+
+def test_sessions_and_jobs_are_listed_for_who_knows_the_token(guarded_server):
+    session = guarded_server.create(prompt="a")
+    job = guarded_server.http.post("/api/jobs", json={"prompts": ["b"], "num_output_frames": 3}).json()["id"]
+    (told,) = (one for one in guarded_server.http.get("/api/sessions").json() if one["id"] == session)
+    assert told == {"id": session, "status": "unwatched", "seconds": 0, "viewers": 0, "prompt": None}
+    assert job in [one["id"] for one in guarded_server.http.get("/api/jobs").json()]
+    assert guarded_server.http.get("/api/sessions", headers={"authorization": ""}).status_code == 401
+    guarded_server.http.delete(f"/api/sessions/{session}")
+
+
+def test_browser_without_a_token_is_told_how(guarded_server):
+    answer = guarded_server.http.get("/", headers={"authorization": "", "accept": "text/html,*/*;q=0.8"})
+    assert answer.status_code == 401 and answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "/?token=TOKEN" in answer.text and TOKEN not in answer.text
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.2"])
@@ -262,5 +327,7 @@ def test_ids_are_not_to_be_guessed(server):
     assert all(len(one) >= 16 for one in ids)
     for one in ids:
         server.http.delete(f"/api/sessions/{one}")
-    assert server.http.get("/api/sessions").status_code == 405
+    for path in ("/api/sessions", "/api/jobs"):  # without a token the ids are all that is secret
+        answer = server.http.get(path)
+        assert answer.status_code == 403 and "LONGLIVE_TOKEN" in answer.json()["detail"]
     assert server.http.get(f"/api/sessions/{random.Random(0).getrandbits(96):024x}").status_code == 404

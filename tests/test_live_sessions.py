@@ -78,10 +78,11 @@ def test_scheduled_prompt_takes_hold_where_it_was_asked_for(server):
     with watching(server, prompt="a") as (session, player):
         player.until_frame(8)
         second = player.states[-1]["seconds"] + 3
-        number = player.prompt("b", at=second)
+        answer = player.ask(type="prompt", prompt="b", at=second)
         (waiting,) = server.state(session)["scheduled"]
-        assert waiting["prompt"] == "b" and waiting["second"] >= second
-        first = player.until_number(number)
+        assert waiting["prompt"] == "b" and waiting["second"] == answer["second"] >= second
+        first = player.until_number(answer["number"])
+        assert first.index == answer["frame"] == 16 * answer["second"]
         assert second <= first.index / 16 < second + 0.75 and first.index == round(16 * waiting["second"])
         assert server.state(session)["scheduled"] == []
 
@@ -157,6 +158,14 @@ def test_restart_with_a_seed_begins_a_new_take_with_the_same_prompt(server, fold
         assert next(frame for frame in player.frames if frame.take == 3).jpeg == player.frames[0].jpeg
 
 
+def test_restart_drops_scheduled_prompts(server):
+    session = server.create(prompt="a")
+    server.http.post(f"/api/sessions/{session}/prompts", json={"prompt": "b", "at": 5})
+    server.http.post(f"/api/sessions/{session}/restart", json={})
+    state = server.state(session)
+    assert state["scheduled"] == [] and state["next"]["prompt"] == "a"
+
+
 def test_restart_before_the_first_block_keeps_the_prompt(server):
     for _ in range(5):
         with watching(server, prompt="a") as (_, player):
@@ -203,19 +212,6 @@ def test_settings_of_one_session(server):
     with watching(server, prompt="a", overrides={"height": 16, "model_kwargs.sink_size": 6}) as (_, player):
         player.until_frame(8)
         assert Image.open(io.BytesIO(player.frames[0].jpeg)).size == (48, 16)
-
-
-@pytest.mark.parametrize(("overrides", "words"), [
-    ({"device": 1}, "device can't be set"), ({"sink_size": 3}, "did you mean model_kwargs.sink_size"),
-    ({"height": 4000}, "more than this server's"), ({"height": 17}, "height"),
-    ({"model_kwargs.local_attn_size": -1}, "more than"), ({"denoising_step_list": list(range(900, 0, -1))}, "steps"),
-    ({"model_kwargs.sink_size": 4}, "multiple"), ({"generator_ckpt": "/etc/passwd"}, ""),
-    ({"height": "${oc.env:HOME}"}, ""),
-])
-def test_settings_that_a_session_may_not_have(server, overrides, words):
-    answer = server.http.post("/api/sessions", json={"overrides": overrides})
-    assert answer.status_code == 422 and words in answer.json()["detail"]
-    assert "/root" not in answer.text and "Traceback" not in answer.text
 
 
 def test_sessions_take_turns(server):
@@ -307,7 +303,8 @@ def test_job(server, tmp_path):
     (tmp_path / "job.mp4").write_bytes(video.content)
     assert len(read_frames(tmp_path / "job.mp4")) == 40
     about = server.http.get(f"/api/jobs/{job}/video.json").json()
-    assert about["frames"] == 40 and [one["prompt"] for one in about["plan"]] == ["a", "b"]
+    assert about["complete"] and about["frames"] == about["request"]["frames"] == 40
+    assert [one["prompt"] for one in about["plan"]] == ["a", "b"]
     assert server.http.delete(f"/api/jobs/{job}").status_code == 204
     assert server.http.get(f"/api/jobs/{job}").status_code == 404
 
@@ -320,33 +317,11 @@ def test_job_and_session_share_the_engine(server):
         player.until_frame(count + 23)
 
 
-@pytest.mark.parametrize(("body", "words"), [
-    ({"prompts": []}, "prompts"), ({"prompts": [" "]}, "empty"), ({"prompts": ["a"] * 200}, "at most 100"),
-    ({"prompts": ["a", "b"], "durations": [1]}, "durations"), ({"prompts": ["a"], "seconds": 1e5}, "more than"),
-    ({"prompts": ["a"], "num_output_frames": 10**9}, "more than"), ({"prompts": ["a"], "seconds": -1}, "seconds"),
-    ({"prompts": ["a"], "color": 1}, "color"), ({"prompts": ["a"], "seed": -1}, "seed"),
-])
-def test_job_that_makes_no_sense(server, body, words):
-    answer = server.http.post("/api/jobs", json=body)
-    assert answer.status_code == 422 and words in answer.json()["detail"], answer.text
-
-
 def test_cancelled_job(server):
     job = server.http.post("/api/jobs", json={"prompts": ["a"], "seconds": 1000}).json()["id"]
     wait_until(lambda: server.http.get(f"/api/jobs/{job}").json()["frames"] > 0)
     assert server.http.get(f"/api/jobs/{job}/video.mp4").status_code == 409
     assert server.http.delete(f"/api/jobs/{job}").status_code == 204
-
-
-def test_health_info_metrics_and_docs(server):
-    assert server.http.get("/health").json()["status"] == "ready"
-    info = server.http.get("/api/info").json()
-    assert info["refresh"] == ["recache", "keep", "reset"] and "a red ball" in info["suggestions"]
-    assert server.figure("ready") == 1 and server.figure("block_seconds_count") >= 0
-    spec = server.http.get("/openapi.json").json()
-    assert {"/api/sessions", "/api/jobs", "/health", "/metrics"} <= spec["paths"].keys()
-    for page in ("/", "/docs", "/page/main.js", "/page/style.css"):
-        assert server.http.get(page).status_code == 200, page
 
 
 def test_loading_and_a_model_that_can_not_be_loaded(engine, tmp_path):

@@ -37,6 +37,9 @@ function operation(path, method, about) {
     example += ` -H 'content-type: application/json' -d '${JSON.stringify(given)}'`;
   }
   box.append(make("pre", example));
+  const answer = Object.entries(about.responses ?? {}).find(([status]) => status < 300)?.[1].content?.["application/json"]?.schema;
+  const told = resolve(answer?.items ?? answer);
+  if (told?.properties) box.append(make("p", answer.items ? "Answer, a list of:" : "Answer:"), table(told.properties));
   return box;
 }
 
@@ -46,8 +49,12 @@ const groups = {};
 for (const [path, methods] of Object.entries(api.paths))
   for (const [method, about] of Object.entries(methods)) (groups[about.tags?.[0] ?? "other"] ??= []).push(operation(path, method, about));
 for (const [name, boxes] of Object.entries(groups)) content.append(make("h2", name), ...boxes);
-const socket = make("details", "", make("summary", "", make("b", "WS"), make("code", "/api/sessions/{identity}/live"), make("span", "Frames and state come, messages go")));
-socket.append(make("p", "Binary messages are frames: a header of 20 bytes, little-endian, and a JPEG. The header: version (uint8, 1), flags (uint8; 1: the first frame under its prompt, 2: a still, not to be played), take (uint16), frame (uint32), number of its prompt (uint32), Unix time it was made (float64). Text messages are JSON with a type: state, ok or error, the last two with the id of the message that they answer."),
-  make("pre", ['{"type": "prompt", "prompt": "a red ball", "at": null, "refresh": "recache", "id": 1}', '{"type": "cancel", "number": 3, "id": 2}', '{"type": "set", "paused": true, "endless": false, "seconds": 20, "id": 3}', '{"type": "restart", "seed": 7, "id": 4}', '{"type": "played", "take": 1, "frames": 48}'].join("\n")),
-  make("p", "Send “played” as frames are shown, several times a second: no more is made than a lead ahead of it."));
-content.append(make("h2", "WebSocket"), socket);
+for (const [path, about] of Object.entries(api["x-websocket"] ?? {})) {
+  const socket = make("details", "", make("summary", "", make("b", "WS"), make("code", path), make("span", about.description.split(". ")[0])));
+  socket.append(make("p", about.description), make("p", about.binary));
+  for (const way of ["send", "receive"]) for (const schema of about[way].map(resolve)) {
+    const type = schema.properties.type.const;
+    socket.append(make("p", way === "send" ? "You send: " : "You receive: ", make("code", `{"type": "${type}"}`), make("span", ` ${schema.description ?? ""}`)), table(schema.properties, schema.required));
+  }
+  content.append(make("h2", "WebSocket"), socket);
+}
