@@ -1,4 +1,8 @@
-"""The whole of a front-end after its arguments: plan, load, encode the prompts, make the videos, report."""
+"""The whole of a front-end after its arguments: plan, load, encode the prompts, make the videos, report.
+
+All prompts are encoded first and the text encoder is freed then: it is the largest part, and never in memory beside a
+video in the making. Under torchrun each process does this for its share of the videos; the first one plans for all.
+"""
 
 import json
 import logging
@@ -23,7 +27,7 @@ PLANS_SHOWN = 20
 
 
 def run(task: Task, stories: list[Story]) -> None:
-    """Makes every video of a task that is not there yet. Under torchrun each process makes its share.
+    """Makes every video of a task that is not there yet: of `stories`, or the one that `task.remake` describes.
 
     Raises UserError for whatever the user can mend, before anything is computed wherever that is possible.
     """
