@@ -35,6 +35,19 @@ def _signals_are_on():
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+@pytest.fixture(autouse=True)
+def _process_stays_as_it_was():
+    """A front-end that runs in the tests' process takes over its signals and its log."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    signals = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A folder with a very small random model in the released layout, `tiny/`."""
@@ -128,9 +141,6 @@ def run_script(tmp_path):
 def run_here(tiny_yaml, tmp_path, monkeypatch, capsys):
     """Runs a front-end as its script does, but in this process and with the very small model, in the test's own folder:
     run_here(inference, "--prompt", "a ball", …) → Outcome. `config` is another YAML, or None for what `args` say."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    signals = {number: signal.getsignal(number) for number in STOPPING}
     monkeypatch.chdir(tmp_path)
 
     def run(front_end, *args, config: Path | None = tiny_yaml) -> Outcome:
@@ -139,8 +149,4 @@ def run_here(tiny_yaml, tmp_path, monkeypatch, capsys):
         code = guarded(lambda: front_end.main(argv))
         return Outcome(code, *capsys.readouterr())
 
-    yield run
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for number, handler in signals.items():
-        signal.signal(number, handler)
+    return run
