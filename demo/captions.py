@@ -62,6 +62,10 @@ CAMERAS = {
     "pan": ["The camera pans from side to side", "A panning shot", "The camera swings slowly left and right"],
     "zoom": ["The camera zooms in and out", "A slow zoom", "The camera moves closer and back again"],
 }
+# What people write too, and what says nothing of a scene.
+FILLERS = ["beautiful", "lovely", "cheerful", "realistic", "highly detailed", "cinematic", "4k", "funny", "quiet",
+           "please", "a video of", "in the style of a film", "very nice", "happily", "somewhere", "today", "magic"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 UNSAID = {"motion": "still", "light": "noon", "camera": "still"}
 
 ORDERS = [
@@ -79,8 +83,8 @@ ORDERS = [
 ]
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """One of many captions of a scene."""
+def caption(scene: Scene, rng: random.Random, vague: float = 0.0) -> str:
+    """One of many captions of a scene. vague: how often it does not say where."""
     unsaid = {name for name, value in UNSAID.items()
               if getattr(scene, name) == value and rng.random() < (0.6 if name == "camera" else 0.2)}
     noun, colour = rng.choice(SUBJECTS[scene.subject]), rng.choice(COLOURS[scene.colour])
@@ -94,12 +98,21 @@ def caption(scene: Scene, rng: random.Random) -> str:
     a = article or ("an" if (noun if "{a} {noun}" in order.lower() else thing)[0] in "aeiou" else "a")
     words = {
         "a": a, "A": a, "thing": thing, "noun": noun, "colour": colour, "does": does, "doing": doing,
-        "place": rng.choice(SETTINGS[scene.setting]),
+        "place": "" if rng.random() < vague else rng.choice(SETTINGS[scene.setting]),
         "light": "" if "light" in unsaid else rng.choice(LIGHTS[scene.light]),
         "camera": "" if "camera" in unsaid else rng.choice(CAMERAS[scene.camera]),
     }
     words["camera_low"] = words["camera"][:1].lower() + words["camera"][1:]
     return _tidy(order.format(**words))
+
+
+def as_people_write(text: str, rng: random.Random) -> str:
+    """A caption with up to three words in it that mean nothing to the world."""
+    words = text.split(" ")
+    for _ in range(rng.randint(1, 3)):
+        nonsense = "".join(rng.choices(LETTERS, k=rng.randint(2, 8)))
+        words.insert(rng.randint(0, len(words)), rng.choice([*FILLERS, nonsense, nonsense, nonsense]))
+    return " ".join(words)
 
 
 def _tidy(text: str) -> str:

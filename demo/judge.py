@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train it on clips drawn on the way")
     train.add_argument("--out", type=Path, default=WEIGHTS, help="weights; the checkpoint lies beside them")
+    train.add_argument("--start", type=Path, help="weights to go on from, instead of from nothing")
     train.add_argument("--steps", type=int, default=9000)
     train.add_argument("--clips", type=int, default=32768, help="drawn once, before the first step")
     train.add_argument("--batch", type=int, default=64)

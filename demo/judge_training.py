@@ -102,7 +102,7 @@ def accuracy(network: Network, clips: Tensor, truth: dict[str, Tensor], batch: i
 def train(args: argparse.Namespace) -> None:
     """Trains; a run that was stopped goes on from its checkpoint. Each step's clips depend on seed and step alone."""
     torch.manual_seed(args.seed)
-    network = Network().to(args.device)
+    network = (Judge.load(args.start).network.train().requires_grad_(True) if args.start else Network()).to(args.device)
     filters = [p for p in network.parameters() if p.dim() > 3]
     rest = [p for p in network.parameters() if p.dim() <= 3]
     optimizers = [Muon(filters, args.lr), torch.optim.AdamW(rest, args.lr, weight_decay=0.02)]

@@ -31,7 +31,7 @@ class Sizes:
 
 SIZES = {
     "toy": Sizes(
-        WanConfig(dim=256, ffn_dim=768, freq_dim=64, text_dim=128, num_heads=4, num_layers=6, text_len=128),
+        WanConfig(dim=256, ffn_dim=768, freq_dim=64, text_dim=128, num_heads=4, num_layers=6, text_len=64),
         # Two pixels by two are one position of the VAE's largest maps: a quarter of the work.
         {"base_dim": 16, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "temperal_downsample": [True, True],
          "patch_size": 2, "in_channels": 12, "out_channels": 12},

@@ -12,6 +12,7 @@ import torch
 from demo.training import forcing, generator, vae
 from demo.training.curves import plot
 from demo.training.export import export, restore
+from demo.training.looks import look
 from demo.training.ranks import Ranks
 
 STAGES = ("vae", "generator", "distilled", "streaming")
@@ -55,6 +56,8 @@ def main() -> None:
     ranks.wait()
     for stage in args.stages:
         run(stage, args.folder, ranks, args.scale, args.device, args.seed)
+        if stage != "vae" and ranks.first:
+            look(args.folder, stage, args.device)
     if not ranks.first:
         return
     plot(args.folder)

@@ -6,11 +6,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from demo.judge import ATTRIBUTES
 from demo.training import forcing, generator
 from demo.training import vae as vaes
 from demo.training.causal import Parallel, Plan
 from demo.training.export import export, restore
+from demo.training.looks import look
 from demo.training.ranks import Ranks
+from demo.training.reading import read
 from pipeline.engine import Engine
 from pipeline.noise import NoiseSource
 from pipeline.session import Session
@@ -18,6 +21,7 @@ from utils.config import load_config
 from wan.kv_cache import KVCache
 from wan.model import CausalWan, WanConfig
 from wan.rope import RotaryEmbedding
+from wan.text_encoder import encode
 
 TINY = WanConfig(dim=32, ffn_dim=64, freq_dim=16, text_dim=24, num_heads=2, num_layers=2, text_len=8)
 ROWS, COLUMNS, FRAMES = 2, 3, 3
@@ -130,6 +134,14 @@ def test_videos_in_training_are_made_as_a_session_makes_them(tiny_training, tmp_
             torch.testing.assert_close(x0, session.step_latents().clone(), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_captions_are_read_in_training_as_prompts_are():
+    torch.manual_seed(0)
+    _, text = generator.new_models("cpu")
+    ids = torch.tensor([[5, 9, 7, 1, 0, 0], [8, 1, 0, 0, 0, 0]])
+    torch.testing.assert_close(read(text, ids), encode(text, ids, (ids > 0).long()))
+
+
 @pytest.fixture
 def tiny_training(monkeypatch):
     """Every stage at a size that takes seconds on a CPU."""
@@ -155,6 +167,11 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
                   switch_every=(2, 2))
     assert {file.name for file in (stages / "curves").iterdir()} == {
         f"{stage}.json" for stage in ("vae", "reading", "generator", "distilled", "streaming")}
+
+    for stage in ("generator", "distilled", "streaming"):
+        shares = look(stages, stage, "cpu", videos=2)
+        assert set(shares) == set(ATTRIBUTES)
+        assert (stages / f"looks/{stage}.png").stat().st_size > 0
 
     export(stages, tmp_path / "checkpoint")
     config = load_config("configs/demo.yaml", [

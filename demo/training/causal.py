@@ -5,8 +5,6 @@ Teacher forcing: of a clip of n blocks there are the clean blocks 0 … n−2 an
 A block attends to itself, whole, and to the clean blocks that the cache would hold: the sink and the latest ones.
 """
 
-from collections import defaultdict
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -17,34 +15,33 @@ from wan.rope import RotaryEmbedding
 
 
 class Plan:
-    """Who attends to whom. `number` of each of the G entries: which block of the clip it is; the clean ones are first.
+    """Who attends to whom. `number` of each of the G entries: which block of the clip it is; the clean ones are first,
+    then `draws` noisy copies of all blocks.
 
     window and sink are in blocks; the window includes the block itself.
     """
 
     def __init__(self, blocks: int, draws: int, *, window: int, sink: int, rope: RotaryEmbedding, frames: int):
-        self.clean = blocks - 1
+        self.clean, self.blocks = blocks - 1, blocks
         self.number = [*range(self.clean), *(list(range(blocks)) * draws)]
-        device = rope.spatial.device
-        groups = defaultdict(list)
-        for entry, block in enumerate(self.number):
-            past = [j for j in range(block) if j < sink or j > block - (window - sink)]
-            groups[len(past)].append((entry, [*past, entry]))
-        self.groups = [(torch.tensor([entry for entry, _ in group], device=device),
-                        torch.tensor([keys for _, keys in group], device=device)) for group in groups.values()]
-        self.order = torch.cat([queries for queries, _ in self.groups]).argsort()
+        self.pasts = [[j for j in range(block) if j < sink or j > block - (window - sink)] for block in range(blocks)]
         angles = torch.stack([rope.turns(frames * block, frames) for block in self.number])
         self.cos, self.sin = angles.real.contiguous(), angles.imag.contiguous()  # [G, S, D/2]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [B, G, S, H, D] → [B, G, S, H, D]; no masks, as blocks with equally long pasts go together."""
-        parts = []
-        for queries, keys in self.groups:
-            q_part = q[:, queries].flatten(0, 1)
-            k_part, v_part = (x[:, keys].flatten(0, 1).flatten(1, 2) for x in (k, v))
-            y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_part, k_part, v_part)))
-            parts.append(y.transpose(1, 2).unflatten(0, (len(q), -1)))
-        return torch.cat(parts, 1)[:, self.order]
+        """q, k, v [B, G, S, H, D] → [B, G, S, H, D]. The entries of one block go together: they have one past, so no
+        mask is needed. Made of slices, whose gradients are sums of slices, and so fast."""
+        made = [None] * len(self.number)
+        for block, past in enumerate(self.pasts):
+            entries = [entry for entry, number in enumerate(self.number) if number == block]
+            queries = torch.stack([q[:, entry] for entry in entries], 1).flatten(0, 1)
+            keys, values = (torch.stack([torch.cat([x[:, j] for j in (*past, entry)], 1) for entry in entries], 1)
+                            .flatten(0, 1) for x in (k, v))
+            y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (queries, keys, values)))
+            y = y.transpose(1, 2).unflatten(0, (len(q), -1))
+            for i, entry in enumerate(entries):
+                made[entry] = y[:, i]
+        return torch.stack(made, 1)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ import random
 import torch
 from torch import Tensor
 
-from demo.captions import caption
+from demo.captions import as_people_write, caption
 from demo.world import FPS, STYLE, Script, sample, scene_of
 
 NEVER = 1e6  # seconds
 BLOCK = 3  # latents
+VAGUE, WORDY = 0.04, 0.2  # shares of captions
 
 
 def first_frame(block: int) -> int:
@@ -46,8 +47,10 @@ class Captions:
         self.tokenizer, self.length = tokenizer, length
 
     def of(self, scenes: Tensor, rng: random.Random) -> Tensor:
-        """scenes [N, 6] → ids int64 [N, length], 0 where there is no token. A caption of its own for each."""
-        return self.ids([caption(scene_of(scene), rng) for scene in scenes.tolist()])
+        """scenes [N, 6] → ids int64 [N, length], 0 where there is no token. A caption of its own for each; some leave
+        out where it is, some have words in them that mean nothing."""
+        texts = [caption(scene_of(scene), rng, VAGUE) for scene in scenes.tolist()]
+        return self.ids([as_people_write(text, rng) if rng.random() < WORDY else text for text in texts])
 
     def ids(self, texts: list[str]) -> Tensor:
         rows = self.tokenizer(texts, add_special_tokens=True, truncation=True, max_length=self.length,

@@ -12,6 +12,7 @@ which the prompt changes and the cache is refreshed: the video streams on, and t
 
 import copy
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from demo.training import generator as stage2
-from demo.training.clips import BLOCK
+from demo.training.clips import BLOCK, Captions
 from demo.training.generator import GENERATOR, SHIFT, SINK, WINDOW, new_rope
 from demo.training.progress import Average, Progress, cosine, set_rate
 from demo.training.ranks import Ranks
@@ -32,7 +33,7 @@ from wan.kv_cache import KVCache
 from wan.model import CausalWan
 from wan.text_encoder import encode
 
-STEPS = [1000, 750, 500, 250]
+SIGMAS = [t / 1000 for t in timesteps([1000, 750, 500, 250], SHIFT, warp=True)]  # of the student's four steps
 GUIDANCE = 2.0
 TEACHER_STEPS = 8  # from pure noise; fewer from less
 BLUR = 0.1  # σ of the noise on the past that the teacher is shown
@@ -117,6 +118,19 @@ class Videos:
         rest = min(self.block - SINK, WINDOW - SINK - 1)
         return self.sink + self.recent[len(self.recent) - rest:] if rest > 0 else self.sink
 
+    def denoise(self, flow: Callable[[int, Tensor, int], Tensor] | None = None) -> Tensor:
+        """The next block's latents, by four steps from noise. flow(step, noisy latents, position): in place of the
+        videos' own model."""
+        position = self.position(self.block)
+        self.cache.begin(position, BLOCK)
+        x = torch.randn(len(self.embeds), BLOCK, GENERATOR.in_dim, HEIGHT // PIXELS, WIDTH // PIXELS,
+                        device=self.embeds.device)
+        for i, sigma in enumerate(SIGMAS):
+            x0 = x - sigma * (flow(i, x, position) if flow else self.forward(x, sigma, position))
+            if i + 1 < len(SIGMAS):
+                x = (1 - SIGMAS[i + 1]) * x0 + SIGMAS[i + 1] * torch.randn_like(x0)
+        return x0
+
     def finish(self, x0: Tensor) -> None:
         """Takes the block's latents, and leaves their clean K/V in the cache."""
         self.forward(x0, 0.0, self.position(self.block))
@@ -186,7 +200,6 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
     torch.manual_seed(seed)
     teacher = Teacher(teacher_model.to(dtype).requires_grad_(False), embed(text, words.ids([""]).to(device)), batch,
                       dtype)
-    sigmas = [t / 1000 for t in timesteps(STEPS, SHIFT, warp=True)]
     sources = [attrgetter(name) for name, _ in fast.named_parameters()]
     rng, prompts = random.Random(seed), torch.Generator().manual_seed(seed)
     videos, scenes, next_switch = None, None, None
@@ -204,15 +217,15 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
             elif lora and videos.block > WINDOW and rng.random() < JUMPS:
                 videos.jump(BLOCK * rng.randrange(max(1, (FARTHEST - videos.ahead) // BLOCK)))
         set_rate(optimiser, cosine(step, steps, rate, warm=min(50, steps // 10 + 1)))
-        chosen = rng.randrange(len(sigmas))
-        loss = forced_block(student, teacher, videos, sigmas, chosen, device)
+        chosen = rng.randrange(len(SIGMAS))
+        loss = forced_block(student, teacher, videos, chosen, device)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         ranks.average_gradients(list(trained.parameters()))
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimiser.step()
         average.update(trained, step)
-        progress.log(**{"loss": loss, f"step{chosen + 1}": loss * len(sigmas)})
+        progress.log(**{"loss": loss, f"step{chosen + 1}": loss * len(SIGMAS)})
     average.copy_to(trained)
     if not ranks.first:
         pass
@@ -235,27 +248,34 @@ def successors(scenes: Tensor, generator: torch.Generator) -> Tensor:
     return sample(len(scenes), 2, generator, first=scenes)[:, 1]
 
 
-def forced_block(student: CausalWan, teacher: Teacher, videos: Videos, sigmas: list[float], chosen: int,
-                 device: str) -> Tensor:
+def forced_block(student: CausalWan, teacher: Teacher, videos: Videos, chosen: int, device: str) -> Tensor:
     """Makes the next block of the videos; returns the student's distance from the teacher at one of its steps."""
-    position = videos.position(videos.block)
-    shape = (len(videos.embeds), BLOCK, GENERATOR.in_dim, HEIGHT // PIXELS, WIDTH // PIXELS)
-    videos.cache.begin(position, BLOCK)
-    x = torch.randn(shape, device=device)
-    for i, sigma in enumerate(sigmas):
-        if i == chosen:
-            target = teacher(x, sigma, videos.past(), videos.embeds)
-            with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-                flow = student(x, 1000 * sigma, position, videos.rope, Tape(videos.cache, position),
-                               student.encode_text(videos.embeds))
-            x0 = x - sigma * flow.float()
-            loss = (((x0 - target).square() + SOFT**2).sqrt() - SOFT).mean()
-            x0 = x0.detach()
-        else:
-            with torch.no_grad():
-                x0 = x - sigma * videos.forward(x, sigma, position)
-        if i + 1 < len(sigmas):
-            x = (1 - sigmas[i + 1]) * x0 + sigmas[i + 1] * torch.randn_like(x0)
+    losses = []
+
+    def flow(step: int, x: Tensor, position: int) -> Tensor:
+        sigma = SIGMAS[step]
+        if step != chosen:
+            return videos.forward(x, sigma, position)
+        target = teacher(x, sigma, videos.past(), videos.embeds)
+        with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            made = student(x, 1000 * sigma, position, videos.rope, Tape(videos.cache, position),
+                           student.encode_text(videos.embeds))
+            x0 = x - sigma * made.float()
+            losses.append((((x0 - target).square() + SOFT**2).sqrt() - SOFT).mean())
+        return made.float().detach()
+
     with torch.no_grad():
-        videos.finish(x0)
-    return loss
+        videos.finish(videos.denoise(flow))
+    return losses[0]
+
+
+def load_student(folder: Path, stage: str, device: str) -> tuple[CausalWan, nn.Module, Captions]:
+    """The generator that a stage made, with its LoRA where it has one; text encoder and captions."""
+    student, text, words = stage2.load(folder, device, "distilled.pt" if stage == "streaming" else f"{stage}.pt")
+    if stage == "streaming":
+        added = add_lora(student, RANK)
+        for name, parts in torch.load(folder / f"{stage}.pt", map_location=device, weights_only=True)["lora"].items():
+            added[name.replace(".", "/")].load_state_dict(parts)
+        for name in added:
+            parametrize.remove_parametrizations(student.get_submodule(name.replace("/", ".")), "weight")
+    return student, text, words

@@ -20,18 +20,18 @@ from demo.training import vae as vaes
 from demo.training.causal import Parallel, Plan
 from demo.training.clips import BLOCK, Captions, random_script, switch_block
 from demo.training.muon import Muon
-from demo.training.progress import Average, Progress, cosine, set_rate
+from demo.training.progress import Average, Progress, Repeated, cosine, set_rate
 from demo.training.ranks import Ranks
+from demo.training.reading import read
 from demo.world import HEIGHT, WIDTH, draw, subject_cover
 from pipeline.sampler import shifted_sigma
 from wan.geometry import PIXELS
 from wan.model import CausalWan
 from wan.rope import RotaryEmbedding
-from wan.text_encoder import encode
 
 GENERATOR = SIZES["toy"].generator
 TEXT = {**SIZES["toy"].text, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}
-TOKENS = 64  # of a caption, at most
+TOKENS = GENERATOR.text_len  # of a caption, at most
 WINDOW, SINK = 4, 1  # blocks
 SHIFT = 5.0
 CAPTIONS_EACH = 4  # of every scene
@@ -52,7 +52,7 @@ class Phase:
 
 PHASES = (Phase(0.35, 1, 512, 1), Phase(0.40, 4, 88, 2), Phase(0.25, 7, 48, 2))
 FIRST_BLOCKS = 4  # so many times more clips of one block than of all
-READING = 0.1  # steps of it for each step of the generator's; after 80 it tells 99 % of the attributes
+READING = 0.1  # steps of it for each step of the generator's
 
 
 def new_models(device: str) -> tuple[CausalWan, UMT5EncoderModel]:
@@ -130,8 +130,10 @@ def optimisers(model: CausalWan, text: nn.Module) -> list[torch.optim.Optimizer]
     matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
     ids = {id(p) for p in matrices}
     rest = [p for p in (*model.parameters(), *text.parameters()) if id(p) not in ids]
-    return [Muon(matrices, lr=1e-3),
-            torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    device, cuda = rest[0].device, rest[0].is_cuda
+    return [Muon(matrices, lr=torch.tensor(0.0, device=device)),
+            torch.optim.AdamW(rest, lr=torch.tensor(0.0, device=device), betas=(0.9, 0.98), weight_decay=0.0,
+                              capturable=cuda, fused=cuda)]
 
 
 def phase_of(step: int, steps: int) -> Phase:
@@ -163,31 +165,40 @@ def train(folder: Path, ranks: Ranks, *, steps: int, device: str, seed: int = 0,
     torch.manual_seed(seed)
     nothing = words.ids([""]).to(device)
     phase = store = forward = None
+
+    def learn() -> dict[str, Tensor]:
+        latents, ids, weights = store.batch(phase.batch, phase.blocks)
+        ids = torch.where(torch.rand(len(ids), 1, device=device) < UNTOLD, nothing, ids)
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu", cache_enabled=False):
+            loss = flow_loss(forward, latents, read(text, ids), weights, phase.draws)
+        both.zero_grad(set_to_none=True)
+        loss.backward()
+        return {"flow": loss.detach()}
+
+    def improve() -> dict[str, Tensor]:
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        matrices.step()
+        rest.step()
+        return {}
+
     for step in progress:
         if phase is not phase_of(step, steps):
             before, phase = phase, phase_of(step, steps)
             if before is None or before.blocks == 1:
                 several = phase.blocks > 1
-                store = None  # frees the last one's memory first
+                store = gradients = None  # frees the last one's memory first
                 store = Store(folder, clips if several else FIRST_BLOCKS * clips,
                               PHASES[-1].blocks if several else 1, words, device, seed)
             plan = Plan(phase.blocks, phase.draws, window=WINDOW, sink=SINK, rope=new_rope(device), frames=BLOCK)
             forward = Parallel(model, plan, compiled=device != "cpu")
-        latents, ids, weights = store.batch(phase.batch, phase.blocks)
-        ids = torch.where(torch.rand(len(ids), 1, device=device) < UNTOLD, nothing, ids)
+            gradients, update = Repeated(learn, device), Repeated(improve, device)
         for optimiser in (matrices, rest):
             set_rate(optimiser, cosine(step, steps, rate, warm=min(300, steps // 10 + 1)))
-        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-            loss = flow_loss(forward, latents, encode(text, ids, (ids > 0).long()), weights, phase.draws)
-        matrices.zero_grad(set_to_none=True)
-        rest.zero_grad(set_to_none=True)
-        loss.backward()
+        losses = gradients()
         ranks.average_gradients(list(both.parameters()))
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        matrices.step()
-        rest.step()
+        update()
         average.update(both, step)
-        progress.log(flow=loss)
+        progress.log(**losses)
     average.copy_to(both)
     if ranks.first:
         save(folder / "generator.pt", model, text)

@@ -30,7 +30,10 @@ class Progress:
         if self.file.exists():
             kept = torch.load(self.file, map_location="cpu", weights_only=True)
             for name, thing in state.items():
+                rates = [group["lr"] for group in getattr(thing, "param_groups", ())]
                 thing.load_state_dict(kept[name])
+                for group, rate in zip(getattr(thing, "param_groups", ()), rates, strict=True):
+                    group["lr"] = rate  # a tensor stays where it is; set_rate fills it
             self.step, self.curve = kept["step"], kept["curve"]
             print(f"{stage}: goes on at step {self.step} of {steps}", flush=True)
 
@@ -95,29 +98,35 @@ class Average(nn.Module):
 
 
 class Repeated:
-    """A step of training that is the same each time but for what is in `given`: on a GPU its thousands of small kernels
-    are recorded once as a CUDA graph and started together."""
+    """A piece of a training step that does the same work each time on the same tensors: on a GPU its thousands of small
+    kernels are recorded once as a CUDA graph and started together. Random numbers are drawn anew each time.
 
-    def __init__(self, step: Callable[[Tensor], dict[str, Tensor]], given: Tensor, fill: Callable[[Tensor], None]):
-        self.given, self._step, self._graph = given, lambda: step(given), None
-        if not given.is_cuda:
-            return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # what is set up lazily must not be recorded
-                fill(given)
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._result = self._step()
+    The first WARM calls run as they are: what is set up lazily must not be recorded.
+    """
+
+    WARM = 3
+
+    def __init__(self, work: Callable[[], dict[str, Tensor]], device: str):
+        self.work, self.device = work, device
+        self.calls, self.graph, self.result = 0, None, {}
 
     def __call__(self) -> dict[str, Tensor]:
-        if self._graph is None:
-            return self._step()
-        self._graph.replay()
-        return self._result
+        self.calls += 1
+        if self.device == "cpu":
+            return self.work()
+        if self.calls <= self.WARM:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.result = self.work()
+            torch.cuda.current_stream().wait_stream(side)
+            return self.result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.result = self.work()
+        self.graph.replay()
+        return self.result
 
 
 def cosine(step: int, steps: int, peak: float, warm: int, last: float = 0.02) -> float:

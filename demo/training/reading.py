@@ -12,22 +12,30 @@ from transformers import UMT5EncoderModel
 from demo.training.clips import Captions
 from demo.training.progress import Progress, cosine, set_rate
 from demo.world import CATEGORIES, CHOICES, sample
-from wan.text_encoder import encode
+
+
+def read(text: UMT5EncoderModel, ids: Tensor) -> Tensor:
+    """As `wan.text_encoder.encode` of token ids [N, n], 0 where there is none, but without a look at the mask on the
+    host, so that it can be recorded as a CUDA graph."""
+    mask = ids > 0
+    dtype = text.dtype
+    hidden = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)[:, None, None].expand(-1, 1, ids.shape[1], -1)
+    embeds = text(input_ids=ids, attention_mask=hidden).last_hidden_state
+    return embeds * mask[..., None]
 
 
 class Answers(nn.Module):
-    """For each attribute a learned question, which looks at the caption's words and tells the choice."""
+    """For each attribute a linear layer on the mean over a caption's words. So each word's embedding comes to hold what
+    the whole caption says, and a generator whose attention knows nothing yet, and looks at all alike, is told too."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.questions = nn.Parameter(torch.randn(len(CATEGORIES), dim) * dim**-0.5)
         self.choices = nn.ModuleList(nn.Linear(dim, len(CHOICES[name])) for name in CATEGORIES)
 
     def forward(self, embeds: Tensor, mask: Tensor) -> list[Tensor]:
         """embeds [B, n, dim], mask [B, n], true where there is a word → for each attribute [B, choices]."""
-        attention = (embeds @ self.questions.T).masked_fill(~mask[..., None], -torch.inf).softmax(1)  # [B, n, 6]
-        seen = attention.transpose(1, 2) @ embeds
-        return [choice(seen[:, i]) for i, choice in enumerate(self.choices)]
+        mean = (embeds * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return [choice(mean) for choice in self.choices]
 
 
 def train(folder: Path, text: UMT5EncoderModel, words: Captions, *, steps: int, device: str, seed: int = 0,
@@ -45,7 +53,7 @@ def train(folder: Path, text: UMT5EncoderModel, words: Captions, *, steps: int, 
         index = torch.randint(captions, (batch,), device=device)
         mask = ids[index] > 0
         with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-            embeds = encode(text, ids[index], mask.long()).float()
+            embeds = read(text, ids[index]).float()
         told = answers(embeds, mask)
         loss = sum(F.cross_entropy(told[i], scenes[index, i]) for i in range(len(told))) / len(told)
         optimiser.zero_grad(set_to_none=True)

@@ -11,12 +11,13 @@ from demo import random_checkpoint
 from demo.training.clips import random_script
 from demo.training.muon import Muon
 from demo.training.progress import Average, Progress, Repeated, cosine, set_rate
-from demo.world import HEIGHT, WIDTH, draw
+from demo.world import HEIGHT, WIDTH, draw, subject_cover
 
 SIZES = random_checkpoint.SIZES["toy"].vae
 FRAMES = 17  # of a stored clip: 5 latents
 KL = 2e-4  # weight of the divergence, per latent number, from a unit Gaussian
-SHAKE = 0.1  # noise on the latents that the decoder is trained with, in their stds: the generator is never exact
+SUBJECT = 4.0  # how much more the loss counts where the subject is: it is small, moves, and is what one looks at
+SHAKE = 0.25  # noise on the latents that the decoder is trained with, in their stds: the generator is never exact
 
 
 def encode(vae: AutoencoderKLWan, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,9 +45,10 @@ def _causal_convolutions(module: torch.nn.Module) -> int:
     return sum(type(part).__name__ == "WanCausalConv3d" for part in module.modules())
 
 
-def loss(vae: AutoencoderKLWan, pixels: Tensor) -> dict[str, Tensor]:
+def loss(vae: AutoencoderKLWan, pixels: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """How far a clip [B, 3, T, H, W] is from what becomes of it: of its pixels, of their differences to neighbours in
-    space and time (which keep edges and motion), and of its latents from a Gaussian."""
+    space and time (which keep edges and motion), and of its latents from a Gaussian. weights [B, 1, T, H, W]: how much
+    each pixel counts; 1 on average."""
     mean, log_variance = encode(vae, pixels)
     mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
     std = torch.exp(0.5 * log_variance)
@@ -55,26 +57,31 @@ def loss(vae: AutoencoderKLWan, pixels: Tensor) -> dict[str, Tensor]:
         mean[:, :1, :1, :1, :1])
     made = decode(vae, latents).float()
     error = made - pixels
-    edges = sum((error.diff(dim=axis)).abs().mean() for axis in (2, 3, 4)) / 3
+    edges = sum((error.diff(dim=axis).abs() * weights.narrow(axis, 1, weights.shape[axis] - 1)).mean()
+                for axis in (2, 3, 4)) / 3
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return {"pixels": error.abs().mean(), "edges": edges, "divergence": divergence}
+    return {"pixels": (error.abs() * weights).mean(), "edges": edges, "divergence": divergence}
 
 
 class Clips:
-    """Drawn clips, uint8 [N, FRAMES, 3, H, W] on the device, and pieces of them to train on."""
+    """Drawn clips, uint8 [N, FRAMES, 3, H, W] on the device, and how much of each pixel is near the subject, uint8
+    [N, FRAMES, H, W]."""
 
     def __init__(self, clips: int, device: str, seed: int, batch: int = 256):
         scripts = [random_script(min(batch, clips - i), FRAMES, torch.Generator().manual_seed(seed + 7919 * i),
-                                 held_out=False) for i in range(0, clips, batch)]
-        self.pixels = torch.cat([draw(script.to(device), FRAMES, batch=4096) for script in scripts])
+                                 held_out=False).to(device) for i in range(0, clips, batch)]
+        self.pixels = torch.cat([draw(script, FRAMES, batch=4096) for script in scripts])
+        self.cover = torch.cat([(255 * subject_cover(script, FRAMES, 1)).to(torch.uint8) for script in scripts])
 
-    def piece(self, out: Tensor) -> None:
-        """Fills out [B, 3, T, h, w] with random pieces of random clips, in [-1, 1]."""
-        clips, _, frames, height, width = out.shape
+    def piece(self, pixels: Tensor, weights: Tensor) -> None:
+        """Fills pixels [B, 3, T, h, w], in [-1, 1], and weights [B, 1, T, h, w] with random pieces of random clips."""
+        clips, _, frames, height, width = pixels.shape
         y, x = (int(torch.randint(0, whole - part + 1, ())) for whole, part in ((HEIGHT, height), (WIDTH, width)))
-        index = torch.randint(len(self.pixels), (clips,), device=out.device)
-        pixels = self.pixels[:, :frames, :, y:y + height, x:x + width][index]
-        out.copy_(pixels.transpose(1, 2)).div_(127.5).sub_(1)
+        index = torch.randint(len(self.pixels), (clips,), device=pixels.device)
+        piece = self.pixels[:, :frames, :, y:y + height, x:x + width][index]
+        pixels.copy_(piece.transpose(1, 2)).div_(127.5).sub_(1)
+        weights.copy_(self.cover[:, None, :frames, y:y + height, x:x + width][index]).mul_(SUBJECT / 255).add_(1)
+        weights.div_(weights.mean())
 
 
 def train(folder: Path, *, steps: int, device: str, seed: int = 0, clips: int = 8192, rate: float = 3e-3,
@@ -96,26 +103,27 @@ def train(folder: Path, *, steps: int, device: str, seed: int = 0, clips: int = 
     progress = Progress(folder, "vae", steps, {"vae": vae, "average": average, **optimisers})
     store = Clips(clips, device, seed)
 
-    def learn(pixels: Tensor) -> dict[str, Tensor]:
+    def learn() -> dict[str, Tensor]:
         with torch.autocast(device, torch.bfloat16, enabled=cuda, cache_enabled=False):
-            parts = loss(vae, pixels)
+            parts = loss(vae, pixels, weights)
         total = parts["pixels"] + parts["edges"] + KL * parts["divergence"]
         vae.zero_grad(set_to_none=True)
         total.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for optimiser in optimisers.values():
             optimiser.step()
-        return parts
+        return {name: part.detach() for name, part in parts.items()}
 
-    stage = None
+    pixels = weights = stage = None
     for step in progress:
         shape = crop if step < 2 * steps // 3 else whole
         for optimiser in optimisers.values():
             set_rate(optimiser, cosine(step, steps, rate, warm=min(300, steps // 10 + 1)))
-        if stage is None or stage.given.shape != shape:
+        if stage is None or pixels.shape != shape:
             stage = None  # frees the last one's memory first
-            stage = Repeated(learn, torch.empty(shape, device=device), store.piece)
-        store.piece(stage.given)
+            pixels, weights = (torch.empty(shape[0], n, *shape[2:], device=device) for n in (shape[1], 1))
+            stage = Repeated(learn, device)
+        store.piece(pixels, weights)
         parts = stage()
         average.update(vae, step)
         progress.log(**parts)
