@@ -155,8 +155,11 @@ class Store:
         begun = time.monotonic()
         scripts = [random_script(min(batch, clips - i), torch.Generator().manual_seed(seed * 10**7 + i)).to(device)
                    for i in range(0, clips, batch)]
-        self.clips = torch.cat([(255 * draw_seen(part)).round().to(torch.uint8) for script in scripts
-                                for part in (script[i:i + 64] for i in range(0, len(script), 64))])
+        self.clips = torch.empty(clips, WINDOW // STRIDE, 3, HEIGHT, WIDTH, dtype=torch.uint8, device=device)
+        filled = 0  # in place: all of them twice would not fit some GPUs
+        for part in (script[i:i + 64] for script in scripts for i in range(0, len(script), 64)):
+            self.clips[filled:filled + len(part)] = (255 * draw_seen(part)).round().to(torch.uint8)
+            filled += len(part)
         every = [labels(script) for script in scripts]
         self.truth = {name: torch.cat([truth[name] for truth in every]) for name in ATTRIBUTES}
         print(f"judge: {clips} clips drawn in {time.monotonic() - begun:.0f} s", flush=True)

@@ -16,7 +16,7 @@ from demo.training.looks import look
 from demo.training.ranks import Ranks
 
 STAGES = ("vae", "generator", "distilled", "streaming")
-STEPS = {"vae": 7000, "generator": 4000, "distilled": 1500, "streaming": 1200}
+STEPS = {"vae": 7000, "generator": 4600, "distilled": 1200, "streaming": 1200}
 
 CLIPS = 8192  # drawn for the VAE, and again for the generator
 
@@ -31,7 +31,7 @@ def run(stage: str, folder: Path, ranks: Ranks, scale: float, device: str, seed:
     elif stage == "generator":
         generator.train(folder, ranks, steps=steps, device=device, seed=seed, clips=clips)
     elif stage == "distilled":
-        forcing.train(folder, ranks, stage, steps=steps, device=device, seed=seed, rate=3e-4, lora=False, blocks=9,
+        forcing.train(folder, ranks, stage, steps=steps, device=device, seed=seed, rate=3e-4, lora=False, blocks=7,
                       switch_every=None)
     else:
         forcing.train(folder, ranks, stage, steps=steps, device=device, seed=seed, rate=1e-3, lora=True, blocks=100,

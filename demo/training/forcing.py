@@ -13,6 +13,7 @@ which the prompt changes and the cache is refreshed: the video streams on, and t
 import copy
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.nn.utils import parametrize
 from demo.training import generator as stage2
 from demo.training.clips import BLOCK, Captions
 from demo.training.generator import GENERATOR, SHIFT, SINK, WINDOW, new_rope
-from demo.training.progress import Average, Progress, cosine, set_rate
+from demo.training.progress import Average, Progress, Repeated, cosine, set_rate
 from demo.training.ranks import Ranks
 from demo.world import HEIGHT, WIDTH, sample
 from pipeline.sampler import shifted_sigma, timesteps
@@ -59,8 +60,9 @@ class Teacher:
         self.cache = new_cache(2 * batch, nothing.device.type, dtype)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, sigma: float, past: list[Tensor], embeds: Tensor) -> Tensor:
-        """x [B, F, 16, h, w] at σ, the clean blocks of the past that the cache would hold, embeds [B, n, dim] → x0."""
+    def __call__(self, x: Tensor, sigma: float, past: Tensor, embeds: Tensor) -> Tensor:
+        """x [B, F, 16, h, w] at σ, the clean blocks of the past that the cache would hold [n, B, F, 16, h, w], embeds
+        [B, n, dim] → x0."""
         text = self.model.encode_text(torch.cat([embeds, self.nothing.expand_as(embeds)]))
         self.cache.rewind(keep_sink=False)
         for block, latents in enumerate(past):
@@ -84,9 +86,9 @@ class Teacher:
 class Tape:
     """A K/V cache that lets gradients through the block that is being written."""
 
-    def __init__(self, cache: KVCache, position: int):
+    def __init__(self, cache: KVCache):
         self.cache = cache
-        self.start = cache.positions.index(position) * cache.tokens
+        self.start = cache.slots[0] * cache.tokens
         self.end = self.start + BLOCK * cache.tokens
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,44 +98,74 @@ class Tape:
 
 
 class Videos:
-    """A batch of videos in the making, as `Session` makes one: noise, cache, prompts, latest latents."""
+    """A batch of videos in the making, as `Session` makes one: noise, cache, prompts, latest latents.
+
+        videos.begin(); x0 = videos.denoise(); videos.remember(x0); videos.finish(x0)
+
+    What `denoise` and `remember` compute with stays where it is in memory, from one video to the next too, so that they
+    can be recorded as CUDA graphs, one for each `cache.slots`. The other two keep the books.
+    """
 
     def __init__(self, fast: CausalWan, embeds: Tensor):
-        self.fast, self.embeds = fast, embeds
+        self.fast, self.embeds = fast, embeds.clone()
         weight = fast.patch_embedding.weight
         self.cache = new_cache(len(embeds), weight.device.type, weight.dtype)
         self.rope = new_rope(weight.device.type)
+        self.text = fast.encode_text(embeds)
+        self.turns = self.rope.turns(0, BLOCK)  # of the present block
+        shape = (len(embeds), BLOCK, GENERATOR.in_dim, HEIGHT // PIXELS, WIDTH // PIXELS)
+        self.shown = torch.zeros(WINDOW - 1, *shape, device=embeds.device)  # the blocks that the present one attends to
+        self.latest = torch.zeros(shape, device=embeds.device)
+        self.restart(embeds)
+
+    def restart(self, embeds: Tensor) -> None:
+        """New videos in place of these."""
         self.block = 0
         self.ahead = 0  # latents that all but the sink are further from the start than they were made
         self.sink: list[Tensor] = []
         self.recent: list[Tensor] = []  # the latest WINDOW blocks
-        self.text = fast.encode_text(embeds)
+        self.cache.rewind(keep_sink=False)
+        self._tell(embeds)
 
     def position(self, block: int) -> int:
         """Index of a block's first latent."""
         return BLOCK * block + self.ahead
 
-    def past(self) -> list[Tensor]:
-        """What the next block will attend to: the sink and the latest of the window."""
-        rest = min(self.block - SINK, WINDOW - SINK - 1)
-        return self.sink + self.recent[len(self.recent) - rest:] if rest > 0 else self.sink
+    def past(self) -> Tensor:
+        """What the present block attends to, the sink and the latest of the window: clean blocks [n, B, F, C, h, w]."""
+        return self.shown[:min(self.block, WINDOW - 1)]
 
-    def denoise(self, flow: Callable[[int, Tensor, int], Tensor] | None = None) -> Tensor:
-        """The next block's latents, by four steps from noise. flow(step, noisy latents, position): in place of the
-        videos' own model."""
+    def begin(self) -> None:
+        """The next block."""
         position = self.position(self.block)
         self.cache.begin(position, BLOCK)
-        x = torch.randn(len(self.embeds), BLOCK, GENERATOR.in_dim, HEIGHT // PIXELS, WIDTH // PIXELS,
-                        device=self.embeds.device)
+        self.turns.copy_(self.rope.turns(position, BLOCK))
+        rest = min(self.block - SINK, WINDOW - SINK - 1)
+        for place, latents in zip(self.past(), self.sink + self.recent[len(self.recent) - max(0, rest):], strict=True):
+            place.copy_(latents)
+
+    def denoise(self, flow: Callable[[int, Tensor], Tensor] | None = None) -> Tensor:
+        """The block's latents, by four steps from noise. flow(step, noisy latents): in place of the videos' own."""
+        x = torch.randn_like(self.latest)
         for i, sigma in enumerate(SIGMAS):
-            x0 = x - sigma * (flow(i, x, position) if flow else self.forward(x, sigma, position))
+            x0 = x - sigma * (flow(i, x) if flow else self.flow(x, sigma))
             if i + 1 < len(SIGMAS):
                 x = (1 - SIGMAS[i + 1]) * x0 + SIGMAS[i + 1] * torch.randn_like(x0)
         return x0
 
+    def flow(self, x: Tensor, sigma: float, model: CausalWan | None = None, cache: Tape | None = None,
+             text: list | None = None) -> Tensor:
+        """The flow of the block's latents x at σ: of the videos' own model, or of another over the same cache."""
+        times = torch.full(x.shape[:2], 1000 * sigma, dtype=torch.float64, device=x.device)
+        return (model or self.fast).flow(x, times, self.turns, cache or self.cache, text or self.text)
+
+    def remember(self, x0: Tensor) -> None:
+        """Leaves the block's clean K/V in the cache, and its latents in `latest`."""
+        self.flow(x0, 0.0)
+        self.latest.copy_(x0)
+
     def finish(self, x0: Tensor) -> None:
-        """Takes the block's latents, and leaves their clean K/V in the cache."""
-        self.forward(x0, 0.0, self.position(self.block))
+        """Goes on to the next block."""
         if self.block < SINK:
             self.sink.append(x0)
         self.recent = [*self.recent, x0][-WINDOW:]
@@ -141,7 +173,7 @@ class Videos:
 
     def switch(self, embeds: Tensor) -> None:
         """New prompts from the next block on, with a re-cache."""
-        self.embeds, self.text = embeds, self.fast.encode_text(embeds)
+        self._tell(embeds)
         self._refresh(keep_sink=self.block > WINDOW)
 
     def jump(self, latents: int) -> None:
@@ -149,15 +181,61 @@ class Videos:
         self.ahead += latents
         self._refresh(keep_sink=True)
 
+    def _tell(self, embeds: Tensor) -> None:
+        self.embeds.copy_(embeds)
+        for kept, new in zip(self.text, self.fast.encode_text(embeds), strict=True):
+            for place, values in zip(kept, new, strict=True):
+                place.copy_(values)
+
     def _refresh(self, keep_sink: bool) -> None:
         blocks = self.recent[SINK:] if keep_sink else self.recent
         first = self.position(self.block - len(blocks))
         self.cache.rewind(keep_sink)
         self.cache.begin(first, BLOCK * len(blocks))
-        self.forward(torch.cat(blocks, 1), 0.0, first)
+        self.fast(torch.cat(blocks, 1), 0.0, first, self.rope, self.cache, self.text)
 
-    def forward(self, x: Tensor, sigma: float, position: int) -> Tensor:
-        return self.fast(x, 1000 * sigma, position, self.rope, self.cache, self.text)
+
+class Lesson:
+    """A step of training: makes the next block of the videos, and compares the student with the teacher at one of its
+    four steps. Leaves the gradients in the trained weights."""
+
+    def __init__(self, student: CausalWan, teacher: Teacher, videos: Videos, trained: list[Tensor], device: str):
+        self.student, self.teacher, self.videos, self.trained, self.device = student, teacher, videos, trained, device
+        for value in trained:
+            value.grad = torch.zeros_like(value)
+        self.pool = None if device == "cpu" else torch.cuda.graph_pool_handle()
+        self.work: dict[tuple, Repeated] = {}
+
+    def __call__(self, chosen: int) -> Tensor:
+        """The student's distance from the teacher at its step number `chosen`."""
+        self.videos.begin()
+        key = (chosen, *self.videos.cache.slots)
+        if key not in self.work:
+            self.work[key] = Repeated(partial(self._learn, chosen), self.device, warm=1, pool=self.pool)
+        loss = self.work[key]()["loss"]
+        self.videos.finish(self.videos.latest.clone())
+        return loss
+
+    def _learn(self, chosen: int) -> dict[str, Tensor]:
+        videos, student, losses = self.videos, self.student, []
+        torch._foreach_zero_([value.grad for value in self.trained])
+
+        def flow(step: int, x: Tensor) -> Tensor:
+            sigma = SIGMAS[step]
+            if step != chosen:
+                return videos.flow(x, sigma)
+            target = self.teacher(x, sigma, videos.past(), videos.embeds)
+            with torch.enable_grad():
+                with torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu", cache_enabled=False):
+                    made = videos.flow(x, sigma, student, Tape(videos.cache), student.encode_text(videos.embeds))
+                error = x - sigma * made.float() - target
+                losses.append(((error.square() + SOFT**2).sqrt() - SOFT).mean())
+            return made.float().detach()
+
+        with torch.no_grad():
+            videos.remember(videos.denoise(flow))
+        losses[0].backward()
+        return {"loss": losses[0].detach()}
 
 
 class LowRank(nn.Module):
@@ -193,36 +271,44 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
     fast = copy.deepcopy(student).to(dtype).requires_grad_(False)
     trained = add_lora(student, RANK) if lora else student
     average = Average(trained, 0.99).to(device)
-    optimiser = torch.optim.AdamW(trained.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    weights = list(trained.parameters())
+    optimiser = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=device != "cpu")
     progress = Progress(folder, stage, steps, {"trained": trained, "average": average, "optimiser": optimiser},
                         quiet=not ranks.first)
+    same = random.Random(seed)  # what takes longer or shorter is the same on all GPUs
     seed += 1000003 * ranks.rank
     torch.manual_seed(seed)
     teacher = Teacher(teacher_model.to(dtype).requires_grad_(False), embed(text, words.ids([""]).to(device)), batch,
                       dtype)
     sources = [attrgetter(name) for name, _ in fast.named_parameters()]
     rng, prompts = random.Random(seed), torch.Generator().manual_seed(seed)
-    videos, scenes, next_switch = None, None, None
+    videos = lesson = scenes = next_switch = None
+
+    def told(scenes: Tensor) -> Tensor:
+        return embed(text, words.of(scenes, rng).to(device))
+
     for step in progress:
         with torch.no_grad():
             torch._foreach_copy_(list(fast.parameters()), [source(student) for source in sources])
             if videos is None or videos.block >= blocks:
                 scenes = sample(batch, 1, prompts)[:, 0]
-                videos = Videos(fast, embed(text, words.of(scenes, rng).to(device)))
-                next_switch = rng.randint(*switch_every) if switch_every else None
+                if videos is None:
+                    videos = Videos(fast, told(scenes))
+                    lesson = Lesson(student, teacher, videos, weights, device)
+                else:
+                    videos.restart(told(scenes))
+                next_switch = same.randint(*switch_every) if switch_every else None
             elif videos.block == next_switch:
                 scenes = successors(scenes, prompts)
-                videos.switch(embed(text, words.of(scenes, rng).to(device)))
-                next_switch += rng.randint(*switch_every)
-            elif lora and videos.block > WINDOW and rng.random() < JUMPS:
-                videos.jump(BLOCK * rng.randrange(max(1, (FARTHEST - videos.ahead) // BLOCK)))
+                videos.switch(told(scenes))
+                next_switch += same.randint(*switch_every)
+            elif lora and videos.block > WINDOW and same.random() < JUMPS:
+                videos.jump(BLOCK * same.randrange(max(1, (FARTHEST - videos.ahead) // BLOCK)))
         set_rate(optimiser, cosine(step, steps, rate, warm=min(50, steps // 10 + 1)))
-        chosen = rng.randrange(len(SIGMAS))
-        loss = forced_block(student, teacher, videos, chosen, device)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        ranks.average_gradients(list(trained.parameters()))
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        chosen = same.randrange(len(SIGMAS))
+        loss = lesson(chosen)
+        ranks.average_gradients(weights)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         average.update(trained, step)
         progress.log(**{"loss": loss, f"step{chosen + 1}": loss * len(SIGMAS)})
@@ -246,27 +332,6 @@ def embed(text: nn.Module, ids: Tensor) -> Tensor:
 def successors(scenes: Tensor, generator: torch.Generator) -> Tensor:
     """Scenes [B, 6] that differ from these in one to three attributes."""
     return sample(len(scenes), 2, generator, first=scenes)[:, 1]
-
-
-def forced_block(student: CausalWan, teacher: Teacher, videos: Videos, chosen: int, device: str) -> Tensor:
-    """Makes the next block of the videos; returns the student's distance from the teacher at one of its steps."""
-    losses = []
-
-    def flow(step: int, x: Tensor, position: int) -> Tensor:
-        sigma = SIGMAS[step]
-        if step != chosen:
-            return videos.forward(x, sigma, position)
-        target = teacher(x, sigma, videos.past(), videos.embeds)
-        with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-            made = student(x, 1000 * sigma, position, videos.rope, Tape(videos.cache, position),
-                           student.encode_text(videos.embeds))
-            x0 = x - sigma * made.float()
-            losses.append((((x0 - target).square() + SOFT**2).sqrt() - SOFT).mean())
-        return made.float().detach()
-
-    with torch.no_grad():
-        videos.finish(videos.denoise(flow))
-    return losses[0]
 
 
 def load_student(folder: Path, stage: str, device: str) -> tuple[CausalWan, nn.Module, Captions]:

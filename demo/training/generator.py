@@ -1,7 +1,7 @@
 """Stage 2: the text encoder and the causal generator, by flow matching with teacher forcing.
 
 What a caption says of a scene shows in the first block; every later one can take it from its past. So the text encoder
-learns to read first, then the two see a great many first blocks, then short clips, then longer ones.
+learns to read first, then the two see a great many first blocks, then clips of five seconds.
 """
 
 import random
@@ -50,8 +50,8 @@ class Phase:
     draws: int
 
 
-PHASES = (Phase(0.35, 1, 512, 1), Phase(0.40, 4, 88, 2), Phase(0.25, 7, 48, 2))
-FIRST_BLOCKS = 4  # so many times more clips of one block than of all
+PHASES = (Phase(0.43, 1, 512, 1), Phase(0.57, 7, 48, 2))
+FIRST_BLOCKS = 3  # so many times more clips of one block than of all
 READING = 0.1  # steps of it for each step of the generator's
 
 
@@ -148,8 +148,10 @@ def phase_of(step: int, steps: int) -> Phase:
 
 def train(folder: Path, ranks: Ranks, *, steps: int, device: str, seed: int = 0, clips: int = 8192,
           rate: float = 2e-3) -> None:
-    """Writes `generator.pt`: the running mean of the weights of generator and text encoder."""
+    """Writes `generator.pt`: the running mean of the weights of generator and text encoder. clips: of all blocks, on all
+    GPUs together."""
     torch.manual_seed(seed)
+    clips = max(1, clips // ranks.size)
     words = Captions(tokenizer(TEXT["vocab_size"], corpus()), TOKENS)
     model, text = new_models(device)
     if ranks.first:

@@ -7,16 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from demo.canvas import HEIGHT, WIDTH
 from demo.captions import caption
 from demo.evaluation.sheets import sheet
 from demo.judge import ATTRIBUTES, COUNT, WINDOW, Judge
 from demo.training import vae as vaes
-from demo.training.clips import BLOCK
 from demo.training.forcing import Teacher, Videos, embed, load_student
-from demo.training.generator import GENERATOR
 from demo.world import CATEGORIES, FPS, sample, scene_of
-from wan.geometry import PIXELS
 
 SHOWN = (0, 20, 40, 80)  # frames of each video in the contact sheet
 ROWS = 12
@@ -37,8 +33,12 @@ def look(folder: Path, stage: str, device: str, videos: int = 128, blocks: int =
     teacher = Teacher(made.fast, embed(text, words.ids([""]).to(device)), videos, dtype)
     latents = []
     for _ in range(blocks):
-        latents.append(_flow_to_the_end(teacher, made) if stage == "generator" else made.denoise())
-        made.finish(latents[-1])
+        made.begin()
+        noise = torch.randn_like(made.latest)
+        x0 = teacher(noise, 1.0, made.past(), made.embeds) if stage == "generator" else made.denoise()
+        made.remember(x0)
+        made.finish(x0)
+        latents.append(x0)
     frames = _decode(folder, torch.cat(latents, 1), device)
     read = Judge.load(device=device)(frames[:, -WINDOW:])
     right = {name: read[name] == scenes[:, i] for i, name in enumerate(CATEGORIES)} | {COUNT: read[COUNT] == 1}
@@ -51,14 +51,6 @@ def look(folder: Path, stage: str, device: str, videos: int = 128, blocks: int =
           [f"{(i + 1) / FPS:.1f} s" for i in shown], [[text] for text in captions[:ROWS]],
           folder / f"looks/{stage}.png")
     return shares
-
-
-def _flow_to_the_end(teacher: Teacher, made: Videos) -> Tensor:
-    """The next block's latents by many small steps; the cache takes them as they are."""
-    made.cache.begin(made.position(made.block), BLOCK)
-    noise = torch.randn(len(made.embeds), BLOCK, GENERATOR.in_dim, HEIGHT // PIXELS, WIDTH // PIXELS,
-                        device=made.embeds.device)
-    return teacher(noise, 1.0, made.past(), made.embeds)
 
 
 def _decode(folder: Path, latents: Tensor, device: str) -> Tensor:

@@ -101,20 +101,19 @@ class Repeated:
     """A piece of a training step that does the same work each time on the same tensors: on a GPU its thousands of small
     kernels are recorded once as a CUDA graph and started together. Random numbers are drawn anew each time.
 
-    The first WARM calls run as they are: what is set up lazily must not be recorded.
+    The first `warm` calls run as they are: what is set up lazily must not be recorded. pool: memory shared with other
+    recordings, of which no two may be needed at a time.
     """
 
-    WARM = 3
-
-    def __init__(self, work: Callable[[], dict[str, Tensor]], device: str):
-        self.work, self.device = work, device
+    def __init__(self, work: Callable[[], dict[str, Tensor]], device: str, warm: int = 3, pool=None):
+        self.work, self.device, self.warm, self.pool = work, device, warm, pool
         self.calls, self.graph, self.result = 0, None, {}
 
     def __call__(self) -> dict[str, Tensor]:
         self.calls += 1
         if self.device == "cpu":
             return self.work()
-        if self.calls <= self.WARM:
+        if self.calls <= self.warm:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -123,7 +122,7 @@ class Repeated:
             return self.result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, self.pool, capture_error_mode="thread_local"):
                 self.result = self.work()
         self.graph.replay()
         return self.result
