@@ -148,7 +148,7 @@ def phase_of(step: int, steps: int) -> Phase:
 
 def train(folder: Path, ranks: Ranks, *, steps: int, device: str, seed: int = 0, clips: int = 8192,
           rate: float = 2e-3) -> None:
-    """Writes `generator.pt`: the running mean of the weights of generator and text encoder. clips: of all blocks, on all
+    """Writes `generator.pt`: the running mean of the weights of generator and text encoder. clips: long ones, on all
     GPUs together."""
     torch.manual_seed(seed)
     clips = max(1, clips // ranks.size)
