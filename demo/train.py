@@ -16,7 +16,7 @@ from demo.training.looks import look
 from demo.training.ranks import Ranks
 
 STAGES = ("vae", "generator", "distilled", "streaming")
-STEPS = {"vae": 7000, "generator": 4600, "distilled": 1200, "streaming": 1200}
+STEPS = {"vae": 7000, "generator": 4200, "distilled": 1200, "streaming": 1200}
 
 CLIPS = 8192  # drawn for the VAE, and again for the generator
 
