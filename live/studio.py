@@ -166,6 +166,7 @@ class Studio:
     def create_show(self, overrides: dict | None = None, seed: int | None = None) -> Show:
         """A new session. Raises Refused where there are too many, UserError for bad overrides."""
         config = self._config(overrides, seed)
+        self._make_room()
         show = Show(config, self.limits, self.encode, self._record, self.metrics, self._wake.set)
         with self._lock:
             full = len(self._shows) >= self.limits.sessions or self._stopping.is_set()
@@ -176,6 +177,17 @@ class Studio:
             raise Refused(429, f"there are {self.limits.sessions} sessions already; end one, or try again later")
         log.info("Session %s begins", show.id[:4])
         return show
+
+    def _make_room(self) -> None:
+        """Where there are too many sessions for another, ends the one that nobody has watched for the longest, if that is
+        long enough."""
+        shows = self.shows()
+        if len(shows) < self.limits.sessions:
+            return
+        longest = max(shows, key=Show.idle_for)
+        if longest.idle_for() > self.limits.spare_seconds:
+            with contextlib.suppress(Refused):  # ended just now
+                self.end_show(longest.id, "nobody watched, and another session needs its place")
 
     def _config(self, overrides: dict | None, seed: int | None) -> Config:
         config = own_config(self.config, overrides or {})

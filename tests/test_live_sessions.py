@@ -269,6 +269,17 @@ def test_idle_session_ends(engine, tmp_path):
         assert server.http.get(f"/api/sessions/{session}").status_code == 404
 
 
+def test_session_that_nobody_watches_makes_room(engine, tmp_path):
+    with LiveServer(engine, engine.config, tmp_path, Limits(sessions=2, spare_seconds=0.5)) as server:
+        watched, left = server.create(), server.create()
+        with server.watch(watched):
+            assert server.http.post("/api/sessions", json={}).status_code == 429  # not at once: who reloads comes back
+            time.sleep(0.6)
+            new = server.create()
+            assert set(server.studio._shows) == {watched, new}
+        assert server.http.get(f"/api/sessions/{left}").status_code == 404
+
+
 def test_length_of_a_session_is_limited(engine, tmp_path):
     with (LiveServer(engine, engine.config, tmp_path, Limits(session_seconds=2)) as server,
           watching(server, prompt="a") as (_, player)):
