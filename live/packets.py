@@ -7,6 +7,7 @@ it with nothing buffered. It takes about 5 times the bandwidth: 0.6 Mbit/s at 19
 import io
 import struct
 import time
+from collections.abc import Iterator
 
 from PIL import Image
 
@@ -19,15 +20,13 @@ STILL = 2  # flag: sent again for a picture at once, not to be played
 QUALITY = 85
 
 
-def pack(block: Block, take: int) -> list[bytes]:
-    """A message for each frame of a block."""
+def pack(block: Block, take: int) -> Iterator[bytes]:
+    """A message for each frame of a block, each made when it is asked for."""
     now = time.time()
-    packets = []
     for index, frame in enumerate(block.frames.numpy()):
         flags = NEW_PROMPT if block.asked_at is not None and index == 0 else 0
         header = HEADER.pack(VERSION, flags, take & 0xFFFF, block.first + index, block.number, now)
-        packets.append(header + jpeg(frame))
-    return packets
+        yield header + jpeg(frame)
 
 
 def jpeg(frame) -> bytes:
