@@ -282,8 +282,59 @@ def test_ended_session_offers_a_new_one(page):
     assert one.session != session
 
 
+def test_new_begins_another_session_and_back_returns_to_the_first(page):
+    one = page()
+    one.open()
+    one.type(RED)
+    one.wait(lambda: one.frame > 5)
+    first = one.session
+    one.tab.click("#new-session")
+    one.wait(lambda: one.state == "waiting")
+    second = one.session
+    assert second != first
+    one.tab.go_back()
+    one.wait(lambda: one.state == "playing" and one.session == first)
+    one.tab.click("#new-session")
+    one.wait(lambda: one.state == "waiting")
+    third = one.session
+    one.tab.click("#new-session")  # one without a frame does not stay behind
+    one.wait(lambda: one.state == "waiting" and one.session != third)
+    assert set(one.server.studio._shows) == {first, second, one.session}
+    assert one.errors == []
+
+
+def test_one_may_type_at_once(page):
+    one = page()
+    one.open()
+    one.tab.keyboard.type(RED)
+    one.tab.keyboard.press("Enter")
+    one.wait(lambda: one.frame > 5)
+    assert one.server.state(one.session)["prompt"] == RED
+
+
+def test_timeline_shows_the_last_minute_or_the_whole_video(page):
+    one = page()
+    one.open()
+    shown = one.tab.evaluate("""async () => {
+      const { Timeline } = await import("/page/timeline.js");
+      const timeline = new Timeline(document.createElement("div"), document.createElement("div"));
+      const prompts = [0, 100, 190].map((second, number) => ({ number, second, prompt: `${second}` }));
+      const draw = (whole) => {
+        timeline.whole = whole;
+        timeline.draw({ prompts, scheduled: [{ number: 9, second: 210, prompt: "later" }], made: 200, shown: 199 });
+        return [...timeline.track.querySelectorAll("button")].map((one) => [one.textContent, parseFloat(one.style.left)]);
+      };
+      return { part: draw(false), whole: draw(true), more: timeline.hasMore };
+    }""")
+    assert shown["more"] and [text for text, _ in shown["part"]] == ["100", "190", "later"]
+    assert sorted(text for text, _ in shown["whole"]) == ["0", "100", "190", "later"]
+    assert all(0 <= place < 100 for _, place in (*shown["part"], *shown["whole"]))
+    assert not one.tab.is_visible("#whole")  # as long as a minute holds all
+
+
 @pytest.mark.parametrize("scheme", ["dark", "light"])
-@pytest.mark.parametrize(("width", "height"), [(1440, 900), (1024, 700), (390, 844), (320, 568)])
+@pytest.mark.parametrize(("width", "height"), [
+    (1440, 900), (1024, 700), (820, 1180), (390, 844), (320, 568), (844, 390)])
 def test_page_fits_its_window(page, scheme, width, height):
     """Nothing sticks out at the side, and player, prompt box and controls are to be seen."""
     one = page(color_scheme=scheme)
@@ -293,8 +344,10 @@ def test_page_fits_its_window(page, scheme, width, height):
     for selector in ("#player", "#prompt", "#send", "#pause", "#track"):
         box = one.tab.locator(selector).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["height"] > 10, selector
-    if width < 500:
-        assert one.tab.locator("#send").bounding_box()["y"] < height  # without scrolling
+    if width < 1000:  # without scrolling, which a player that stays at the top would also cover
+        for selector in ("#player", "#send"):
+            box = one.tab.locator(selector).bounding_box()
+            assert box["y"] + box["height"] <= height, selector
     ground = one.tab.evaluate("() => getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 384) == (scheme == "dark")
 

@@ -77,9 +77,13 @@ function join(session) {
   connection.open(session.id);
 }
 
+// Another session; Back returns to this one as long as the server keeps it. One without a frame is not worth keeping.
 async function another() {
+  const empty = line === "open" && state?.frames === 0 && state.viewers === 1 ? state.id : "";
+  connection.leave();
+  if (empty) await api("DELETE", `sessions/${encodeURIComponent(empty)}`).catch(() => {});
   keep("session", "");
-  history.replaceState(null, "", location.pathname);
+  history.pushState(null, "", location.pathname);
   await enter();
 }
 
@@ -88,6 +92,7 @@ function takeState(message) {
   if (fresh) {
     player.begin(message.take, state && message.take !== state.take ? 0 : message.frames);
     if (state && message.take !== state.take) { prompts = []; sentAt.clear(); }
+    if (message.status === "waiting" && document.activeElement === document.body && matchMedia("(hover: hover)").matches) $("prompt").focus();
   }
   line = "open";
   state = message.server ? message : { ...message, server: state?.server };
@@ -145,7 +150,9 @@ function show() {
   $("send").disabled = !open;
   const waiting = state?.next;
   $("caption").hidden = !state?.prompt || Boolean(title);
-  $("caption").textContent = waiting ? `next: ${waiting.prompt}` : current()?.prompt ?? state?.prompt ?? "";
+  const seen = current()?.prompt ?? state?.prompt ?? "";
+  $("caption").textContent = waiting ? `next: ${waiting.prompt}` : seen;
+  $("picture").ariaLabel = seen ? `The video: ${seen}` : "The video";
 }
 
 function current() {
@@ -175,7 +182,7 @@ function shown(frame) {
 function figures() {
   if (!state) return;
   const number = (id, value, digits) => { $(id).textContent = Number.isFinite(value) ? value.toFixed(digits) : "–"; };
-  number("f-fps", state.frames ? player.rate() : NaN, 1);
+  number("f-fps", state.frames && !state.paused ? player.rate() : NaN, 1);
   number("f-speed", state.frames_per_second ? state.frames_per_second / state.fps : NaN, 2);
   number("f-latency", latencies.at(-1), 2);
   const sorted = [...latencies].sort((a, b) => a - b);
@@ -192,6 +199,7 @@ function figures() {
   $("f-more").textContent = state.recording || `${state.width}×${state.height}, ${recorded}${viewers}`;
   $("clock").textContent = clock(player.shown / state.fps, 1);
   $("clock").title = `Shown ${clock(player.shown / state.fps, 1)}, made ${clock(state.seconds, 1)}`;
+  $("whole").hidden = !timeline.hasMore;
   timeline.draw({ prompts, scheduled: state.scheduled, made: state.seconds, shown: player.shown / state.fps });
   if (document.body.dataset.state !== situation()[0]) show();
 }
@@ -302,6 +310,18 @@ $("restart").onclick = restart;
 $("download").onclick = download;
 $("fullscreen").onclick = fullscreen;
 $("new-session").onclick = another;
+$("fullscreen").hidden = !document.fullscreenEnabled;
+$("whole").onclick = () => {
+  timeline.whole = !timeline.whole;
+  $("whole").ariaPressed = timeline.whole;
+  figures();
+};
+$("suggestions").onwheel = (event) => { // a mouse has one wheel
+  if (event.deltaX || event.shiftKey) return;
+  const before = $("suggestions").scrollLeft;
+  $("suggestions").scrollLeft += event.deltaY;
+  if ($("suggestions").scrollLeft !== before) event.preventDefault();
+};
 $("help").onclick = () => $("keys").showModal();
 $("endless").onchange = () => set({ endless: $("endless").checked });
 $("refresh").onchange = () => set({ refresh: $("refresh").value });
@@ -330,7 +350,7 @@ document.addEventListener("keydown", (event) => {
   const typing = event.target.closest?.("input, textarea, select, dialog");
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
   const does = { "/": () => $("prompt").focus(), r: restart, d: () => { if (!$("download").disabled) download(); }, f: fullscreen,
-    e: () => $("endless").click(), "?": () => $("keys").showModal() };
+    w: () => { if (!$("whole").hidden) $("whole").click(); }, e: () => $("endless").click(), "?": () => $("keys").showModal() };
   if (event.key === " " && event.target.closest?.("button, a, summary")) return; // the button's own
   const action = event.key === " " ? togglePause : does[event.key.toLowerCase()];
   if (!action) return;
