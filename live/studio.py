@@ -97,7 +97,7 @@ class Studio:
                 session.step()
             del session
         except Exception as error:
-            self.failure = str(error) if isinstance(error, UserError) else "the model could not be loaded"
+            self.failure = "loading failed; the server's log says why"  # which may name files
             log.error("%s", error, exc_info=not isinstance(error, UserError))
             return
         if engine.device.type == "cuda":
@@ -179,8 +179,8 @@ class Studio:
         return show
 
     def _make_room(self) -> None:
-        """Where there are too many sessions for another, ends the one that nobody has watched for the longest, if that is
-        long enough."""
+        """Where there are too many sessions for another, ends the one that nobody has watched for the longest, if it is
+        long enough that nobody did."""
         shows = self.shows()
         if len(shows) < self.limits.sessions:
             return

@@ -335,13 +335,13 @@ def test_cancelled_job(server):
     assert server.http.delete(f"/api/jobs/{job}").status_code == 204
 
 
-def test_loading_and_a_model_that_can_not_be_loaded(engine, tmp_path):
+def test_loading_and_a_model_that_can_not_be_loaded(engine, tmp_path, caplog):
     go_on = threading.Event()
 
     def load(progress):
         progress("generator")
         go_on.wait()
-        raise UserError("no weights here")
+        raise UserError(f"no weights in {tmp_path}")
 
     with LiveServer(engine, engine.config, tmp_path, load=load) as server:
         wait_until(lambda: server.http.get("/health").json()["stage"] == "generator")
@@ -350,6 +350,8 @@ def test_loading_and_a_model_that_can_not_be_loaded(engine, tmp_path):
             player.until(lambda: player.states and player.states[-1]["server"]["status"] == "loading")
             go_on.set()
             wait_until(lambda: server.http.get("/health").json()["status"] == "failed")
+            assert server.http.get("/health").json()["message"] == "loading failed; the server's log says why"
+            assert str(tmp_path) in caplog.text and str(tmp_path) not in server.http.get("/api/info").text
 
 
 def test_session_made_before_the_engine_is_there_begins_with_it(engine, tmp_path):
