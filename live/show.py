@@ -90,7 +90,7 @@ class Show:
         if self.take.frames >= self.limits.session_seconds * self.config.fps:
             return f"a video has at most {self.limits.session_seconds / 60:.0f} minutes here; restart to go on"
         if not self.endless and self.take.frames >= self.length:
-            return "the end; switch endless on to go on, or restart"
+            return "switch endless on to go on, or restart"
         return ""
 
     def step(self, engine: Engine) -> None:

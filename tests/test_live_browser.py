@@ -18,6 +18,7 @@ from demo.judge import SHORTEST, Judge
 from demo.world import CHOICES
 from live.limits import Limits
 from live.packets import jpeg
+from live.security import Access
 from pipeline.engine import Engine
 from tests.frames import decode_errors, read_frames
 from tests.live_client import LiveServer, wait_until
@@ -322,7 +323,8 @@ def test_timeline_shows_the_last_minute_or_the_whole_video(page):
       const draw = (whole) => {
         timeline.whole = whole;
         timeline.draw({ prompts, scheduled: [{ number: 9, second: 210, prompt: "later" }], made: 200, shown: 199 });
-        return [...timeline.track.querySelectorAll("button")].map((one) => [one.textContent, parseFloat(one.style.left)]);
+        return [...timeline.track.children].filter((one) => one.localName === "button")
+          .map((one) => [one.textContent, parseFloat(one.style.left)]);
       };
       return { part: draw(false), whole: draw(true), more: timeline.hasMore };
     }""")
@@ -365,6 +367,25 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(page):
         one.tab.keyboard.press("Tab")
         reached.add(one.tab.evaluate("() => document.activeElement.id"))
     assert {"pause", "endless", "refresh", "seed", "dice", "restart", "fullscreen", "prompt", "send"} <= reached
+
+
+def test_token_is_typed_once(chromium, engine, tmp_path):
+    token = "let-this-browser-in"
+    with LiveServer(engine, engine.config, tmp_path, access=Access(token=token)) as server:
+        one = Page(chromium, server)
+        one.tab.goto(server.address)
+        radius = one.tab.evaluate("() => getComputedStyle(document.querySelector('main')).borderRadius")
+        assert radius == "14px"  # the policy lets its style through
+        one.tab.fill("input", "wrong-" + token)
+        one.tab.press("input", "Enter")
+        one.tab.wait_for_url("**/?token=wrong-*")
+        one.tab.fill("input", token)
+        one.tab.press("input", "Enter")
+        one.wait(lambda: one.state == "waiting")
+        assert token not in one.tab.url
+        one.open()
+        assert one.state == "waiting"
+        one.context.close()
 
 
 def test_docs_page_lists_the_api(page):

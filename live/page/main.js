@@ -136,7 +136,7 @@ function show() {
   $("status-text").textContent = words[name] ?? name;
   $("veil").hidden = !title;
   $("veil-title").textContent = title;
-  $("veil-text").textContent = text;
+  $("veil-text").textContent = text.charAt(0).toUpperCase() + text.slice(1);
   $("veil-text").hidden = !text;
   $("spinner").hidden = !["loading", "lost", "connecting", "generating"].includes(name);
   $("progress").hidden = name !== "loading";
@@ -267,7 +267,7 @@ async function send() {
     if (!$("prompt").value) $("prompt").value = prompt;
     return;
   }
-  if (at === null) sentAt.set(answer.number, began);
+  if (at === null && state.server?.status === "ready") sentAt.set(answer.number, began); // else it is loading that takes long
   note(at === null ? "" : `Scheduled for ${clock(at, 1)}`);
   $("when-now").checked = true;
 }
