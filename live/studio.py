@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 EMBEDDINGS_KEPT = 256
 JOB_TURNS = 4  # a job gets at least one of so many turns, however busy the live sessions are
 LOOK_AGAIN = 0.5  # seconds; whatever makes someone ready also wakes the thread
-WARM_UP = ("a", "a", "b")  # the prompts of three blocks: a first one, one after a clean pass, one after a re-cache
 
 
 class Studio:
@@ -87,10 +86,11 @@ class Studio:
         try:
             engine = self._load(self._loading)
             self._loading("text encoder")
-            engine.encode(WARM_UP[0])
+            prompts = first_blocks(self.config, engine.device)
+            engine.encode(prompts[0])
             self._loading("first blocks")
             session = engine.session(seed=0)
-            for prompt in WARM_UP:
+            for prompt in prompts:
                 if self._stopping.is_set():
                     return
                 session.set_prompt(prompt)
@@ -292,3 +292,13 @@ class Studio:
         gauge("recordings_bytes", "Bytes of disk that recordings take.", self.storage.used)
         gauge("gpu_memory_bytes", "GPU memory in use.", lambda: self.memory()["gpu_bytes"])
         gauge("host_memory_bytes", "Host memory in use.", lambda: self.memory()["host_bytes"])
+
+
+def first_blocks(config: Config, device: torch.device) -> list[str]:
+    """The prompts of the blocks that are made before any session's: a first one, one after a clean pass, one after a
+    re-cache. On a GPU the window is full before that one, as kernels are compiled and memory is taken when they are
+    needed for the first time."""
+    alike = 2
+    if device.type == "cuda" and config.window is not None:
+        alike = max(alike, config.window // config.num_frame_per_block + 1)
+    return ["a"] * alike + ["b"]

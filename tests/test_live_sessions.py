@@ -1,5 +1,6 @@
 """The live server as its clients see it, with a very small model."""
 
+import dataclasses
 import io
 import json
 import threading
@@ -13,6 +14,7 @@ from PIL import Image
 import inference
 from live.limits import Limits
 from live.packets import jpeg
+from live.studio import first_blocks
 from pipeline.engine import Engine
 from tests.frames import decode_errors, read_frames
 from tests.live_client import LIMITS, LiveServer, wait_until, watching
@@ -352,6 +354,14 @@ def test_loading_and_a_model_that_can_not_be_loaded(engine, tmp_path, caplog):
             wait_until(lambda: server.http.get("/health").json()["status"] == "failed")
             assert server.http.get("/health").json()["message"] == "loading failed; the server's log says why"
             assert str(tmp_path) in caplog.text and str(tmp_path) not in server.http.get("/api/info").text
+
+
+def test_first_blocks_fill_the_window_of_a_gpu(tiny_config):
+    assert first_blocks(tiny_config, torch.device("cpu")) == ["a", "a", "b"]
+    prompts = first_blocks(tiny_config, torch.device("cuda"))
+    assert prompts.index("b") * tiny_config.num_frame_per_block > tiny_config.window and prompts[-1] == "b"
+    kwargs = dataclasses.replace(tiny_config.model_kwargs, local_attn_size=-1)
+    assert len(first_blocks(dataclasses.replace(tiny_config, model_kwargs=kwargs), torch.device("cuda"))) == 3
 
 
 def test_session_made_before_the_engine_is_there_begins_with_it(engine, tmp_path):
