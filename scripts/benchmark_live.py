@@ -73,7 +73,8 @@ class Client:
 
     def run(self) -> None:
         chance = random.Random(self.seed)
-        with connect(f"ws://{self.host}/api/sessions/{self.session}/live", max_size=None, compression=None) as socket:
+        address = f"ws://{self.host}/api/sessions/{self.session}/live"
+        with connect(address, max_size=None, compression=None, proxy=None) as socket:
             self._play(socket, chance)
 
     def _play(self, socket, chance: random.Random) -> None:
@@ -241,7 +242,7 @@ def measure_all(studio: Studio, engine: Engine, host: str, folder: Path, args: a
              "first_blocks_seconds": round(time.perf_counter() - begun, 1)}
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     results = []
-    with httpx.Client(base_url=f"http://{host}", timeout=60) as http:
+    with httpx.Client(base_url=f"http://{host}", timeout=60, trust_env=False) as http:
         for count in args.sessions:
             results.append(measure(studio, engine, http, host, folder, count, args))
             print("\n".join(f"{key:28}{value}" for key, value in results[-1].items()) + "\n", flush=True)

@@ -1,13 +1,11 @@
 """The live page in headless Chromium, with the small model that comes with this repository."""
 
-import base64
 import io
 import json
 import os
 import re
-import shutil
-import time
-from collections.abc import Callable
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -22,15 +20,11 @@ from live.security import Access
 from pipeline.engine import Engine
 from tests.frames import decode_errors, read_frames
 from tests.live_client import LiveServer, wait_until
+from tests.live_page import CHROMIUM, FLAGS, Page
 from utils.config import load_config
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here; install it (Debian, Ubuntu: apt-get install chromium), or set CHROMIUM")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update"]
-PATIENCE = 90  # seconds
 RED, BLUE = "A red ball bounces on a green meadow at noon.", "A blue ball bounces on a green meadow at noon."
 SEA = "A red ball bounces at sea at sunset."
 # Keeps a picture of the canvas for each frame that was on it.
@@ -63,52 +57,6 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
-
-
-class Page:
-    """The live page in a browser window of its own."""
-
-    def __init__(self, browser, server: LiveServer, **settings):
-        self.context = browser.new_context(viewport={"width": 1280, "height": 860}, accept_downloads=True, **settings)
-        self.tab = self.context.new_page()
-        self.server, self.errors = server, []
-        self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.tab.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-
-    def open(self, address: str = "") -> None:
-        self.tab.goto(address or self.server.address)
-        self.wait(lambda: self.state not in ("", "connecting", "loading"))
-
-    def wait(self, true: Callable[[], object], what: str = "") -> None:
-        end = time.monotonic() + PATIENCE
-        while not true():
-            assert time.monotonic() < end, (what, self.state, self.errors, self.text("#composer-note"))
-            self.tab.wait_for_timeout(50)
-
-    @property
-    def state(self) -> str:
-        return self.tab.evaluate("() => document.body?.dataset.state ?? ''")
-
-    @property
-    def frame(self) -> int:
-        return int(self.tab.evaluate("() => document.querySelector('#picture').dataset.frame ?? -1"))
-
-    @property
-    def session(self) -> str:
-        return self.tab.url.split("#")[1]
-
-    def text(self, selector: str) -> str:
-        return self.tab.inner_text(selector)
-
-    def captured(self) -> dict[int, np.ndarray]:
-        """Every frame that was on the canvas, uint8 [H, W, 3]."""
-        urls = self.tab.evaluate("() => window.captured")
-        return {int(frame): np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
-                for frame, url in urls.items()}
-
-    def type(self, prompt: str) -> None:
-        self.tab.fill("#prompt", prompt)
-        self.tab.press("#prompt", "Enter")
 
 
 @pytest.fixture
@@ -270,6 +218,28 @@ def test_lost_connection_comes_back_to_the_same_session(page):
     frame = one.frame
     one.wait(lambda: one.frame > frame + 20)
     assert one.session == session
+
+
+def test_browser_that_is_killed_in_mid_stream(server, tmp_path):
+    """The session waits for the next one, with all that was made."""
+    session = server.create(prompt=RED)
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}", f"{server.address}/#{session}"]
+    browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_until(lambda: server.state(session)["frames"] > 40, "frames for the browser")
+    finally:
+        os.killpg(browser.pid, signal.SIGKILL)
+        browser.wait()
+    wait_until(lambda: server.state(session)["status"] == "unwatched", "the loss being seen")
+    frames = server.state(session)["frames"]
+    with server.watch(session) as player:
+        player.until_frame(frames + 20)
+    server.http.patch(f"/api/sessions/{session}", json={"paused": True})
+    wait_until(lambda: server.state(session)["recorded"] == server.state(session)["frames"])
+    video = tmp_path / "video.mp4"
+    video.write_bytes(server.http.get(f"/api/sessions/{session}/video.mp4").content)
+    assert decode_errors(video) == "" and len(read_frames(video)) == server.state(session)["frames"]
+    server.end_all()
 
 
 def test_ended_session_offers_a_new_one(page):

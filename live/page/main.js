@@ -217,7 +217,7 @@ function listPrompts() {
 
 function entry(one, when, kind) {
   const item = Object.assign(document.createElement("li"), { className: kind });
-  item.style.setProperty("--segment", `hsl(${hue(one.number)} 52% 50%)`);
+  item.style.setProperty("--segment", `oklch(0.62 0.15 ${hue(one.number)})`);
   const pick = Object.assign(document.createElement("button"), { type: "button", textContent: one.prompt, title: "Write this again" });
   pick.onclick = () => write(one.prompt);
   item.append(Object.assign(document.createElement("i"), { className: "swatch" }),
@@ -268,7 +268,7 @@ async function send() {
     return;
   }
   if (at === null && state.server?.status === "ready") sentAt.set(answer.number, began); // else it is loading that takes long
-  note(at === null ? "" : `Scheduled for ${clock(at, 1)}`);
+  note(at === null ? "" : `Takes hold at ${clock(answer.second ?? at, 1)}`);
   $("when-now").checked = true;
 }
 

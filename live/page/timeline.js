@@ -64,7 +64,7 @@ export class Timeline {
       node.className = kind;
       node.append(Object.assign(document.createElement("span"), { textContent: one.prompt }));
       node.title = `${clock(one.second, 1)}  ${one.prompt}`;
-      node.style.setProperty("--segment", `hsl(${hue(one.number)} 52% 42%)`);
+      node.style.setProperty("--segment", `oklch(0.5 0.13 ${hue(one.number)})`);
       node.style.setProperty("--segment-text", "#fff");
       node.addEventListener("click", () => this.choose(one));
       this.track.append(node);
