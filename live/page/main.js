@@ -240,7 +240,9 @@ function suggest(list) {
   }));
 }
 
-function note(text, bad = false) {
+function note(text, bad = false, lasts = bad) {
+  clearTimeout(note.timer);
+  if (text && !lasts) note.timer = setTimeout(() => note(""), 10000);
   $("composer-note").textContent = text;
   $("composer-note").classList.toggle("bad", bad);
 }
@@ -280,7 +282,7 @@ async function restart() {
 
 async function download() {
   const id = encodeURIComponent(state.id);
-  note("Preparing the video…");
+  note("Preparing the video…", false, true);
   try {
     for (const kind of ["mp4", "json"]) {
       const answer = await fetch(`api/sessions/${id}/video.${kind}`);
