@@ -125,7 +125,9 @@ class Client:
                 turn, block = message["turn_seconds"], message["block_frames"]
             elif message.get("id") == asked and message["type"] == "ok":
                 number = message["number"]
-        self.seconds = time.perf_counter() - (began or opened)
+        end = time.perf_counter()
+        self.seconds = end - (began or opened)
+        self.longest_gap = max(self.longest_gap, end - (newest or opened))  # all of it where nothing came
 
 
 def percentile(values: list[float], share: float) -> float | None:

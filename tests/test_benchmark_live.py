@@ -1,10 +1,12 @@
 """scripts/benchmark_live.py at toy size."""
 
 import json
+import random
+import time
 
 import pytest
 
-from scripts.benchmark_live import main, percentile, table
+from scripts.benchmark_live import Client, main, percentile, table
 
 SMALL = ["height=32", "width=48", "--random", "toy", "--pause", "0", "0.1", "--lead", "0.3"]
 
@@ -31,6 +33,17 @@ def test_run_that_is_cut_short_reports_what_it_has(tmp_path):
     (run,) = json.loads(path.read_text())["results"]
     assert run["prompts"] == 0 and run["prompt_to_socket_median"] is None
     assert "-" in table([run])
+
+
+def test_session_that_gets_nothing_is_seen_to_starve():
+    class Silent:
+        def recv(self, timeout):
+            time.sleep(timeout)
+            raise TimeoutError
+
+    client = Client("host", "session", fps=16, prompts=1, seed=0, most_seconds=0.2)
+    client._play(Silent(), random.Random(0))
+    assert client.longest_gap >= 0.2 and client.shown == 0
 
 
 @pytest.mark.parametrize(("values", "share", "result"), [
