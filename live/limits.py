@@ -10,6 +10,7 @@ class Limits:
     viewers: int = 8  # of one session
     session_seconds: float = 7200  # of video
     idle_seconds: float = 900  # a session that nobody watches or asks after ends then
+    spare_seconds: float = 60  # or already then, where another is to begin and there are too many
     scheduled: int = 100  # prompts of one session that wait for their time
     jobs: int = 16  # that wait or are being made
     jobs_kept: int = 100  # that are done

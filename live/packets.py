@@ -1,12 +1,14 @@
 """Frames as they go through a WebSocket: a header and a JPEG, each frame by itself.
 
 JPEG, not H.264: any frame can be left out where a browser is slow, none waits for the next one, and every browser shows
-it with nothing buffered. It takes about 5 times the bandwidth: 0.6 Mbit/s at 192×112, 6 Mbit/s at 832×480.
+it with nothing buffered. It takes about 6 times the bandwidth. WebP takes ten times the processor's time.
+`scripts/benchmark_transport.py` measures all three.
 """
 
 import io
 import struct
 import time
+from collections.abc import Iterator
 
 from PIL import Image
 
@@ -19,15 +21,13 @@ STILL = 2  # flag: sent again for a picture at once, not to be played
 QUALITY = 85
 
 
-def pack(block: Block, take: int) -> list[bytes]:
-    """A message for each frame of a block."""
+def pack(block: Block, take: int) -> Iterator[bytes]:
+    """A message for each frame of a block, each made when it is asked for."""
     now = time.time()
-    packets = []
     for index, frame in enumerate(block.frames.numpy()):
         flags = NEW_PROMPT if block.asked_at is not None and index == 0 else 0
         header = HEADER.pack(VERSION, flags, take & 0xFFFF, block.first + index, block.number, now)
-        packets.append(header + jpeg(frame))
-    return packets
+        yield header + jpeg(frame)
 
 
 def jpeg(frame) -> bytes:

@@ -1,11 +1,14 @@
 """Who may ask, and how much at a time; in front of everything else."""
 
+import base64
+import hashlib
 import hmac
 import ipaddress
 import json
 import re
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
 from fastapi import HTTPException
@@ -20,17 +23,7 @@ OPEN_PATHS = ("/health",)  # for whoever has no token
 SHORTEST_TOKEN = 12
 DRAINED = 1 << 20  # bytes of a body that is too long which are read before it is refused
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
-WITHOUT_TOKEN = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>LongLive: a token is needed</title>
-<h1>A token is needed</h1>
-<p>Whoever started this server knows it: it is what they gave as LONGLIVE_TOKEN or --token.</p>
-<p>Open this server's address once with <code>/?token=TOKEN</code> at its end, with the token in place of TOKEN. This
-browser keeps it then.</p>
-</html>
-"""  # for people; programs are told in JSON
+WITHOUT_TOKEN = Path(__file__).parent / "page" / "token.html"  # for people; programs are told in JSON
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
                                "frame-ancestors 'none'; form-action 'self'",
@@ -196,15 +189,22 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, messa
         await receive()
         await send({"type": "websocket.close", "code": 1008, "reason": message})  # before it is accepted: HTTP 403
         return
-    kind, text = "application/json", json.dumps({"detail": message}, ensure_ascii=False)
+    body = json.dumps({"detail": message}, ensure_ascii=False).encode()
+    headers = [(b"content-type", b"application/json")]
     if status == 401 and "text/html" in Headers(scope=scope).get("accept", ""):
-        kind, text = "text/html; charset=utf-8", WITHOUT_TOKEN
-    body = text.encode()
-    headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode()),
-               (b"connection", b"close")]
+        body = WITHOUT_TOKEN.read_bytes()
+        headers = [(b"content-type", b"text/html; charset=utf-8"), (b"content-security-policy", _policy_of(body))]
+    headers += [(b"content-length", str(len(body)).encode()), (b"connection", b"close")]
     send = _with_headers(send)
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _policy_of(page: bytes) -> bytes:
+    """The content security policy of a page that has its style in itself, since it may fetch nothing."""
+    style = page[page.index(b"<style>") + len(b"<style>"):page.index(b"</style>")]
+    digest = base64.b64encode(hashlib.sha256(style).digest())
+    return HEADERS["content-security-policy"].encode() + b"; style-src 'sha256-" + digest + b"'"
 
 
 async def _redirect(send: Send, token: str) -> None:

@@ -90,7 +90,7 @@ class Show:
         if self.take.frames >= self.limits.session_seconds * self.config.fps:
             return f"a video has at most {self.limits.session_seconds / 60:.0f} minutes here; restart to go on"
         if not self.endless and self.take.frames >= self.length:
-            return "the end; switch endless on to go on, or restart"
+            return "switch endless on to go on, or restart"
         return ""
 
     def step(self, engine: Engine) -> None:
@@ -124,12 +124,15 @@ class Show:
     # What the output thread does
 
     def _publish(self, block: Block, take_number: int, recording: Recording) -> None:
-        packets = pack(block, take_number)
-        with self._lock:
-            if take_number == self.take_number:
-                self._last = [still(packets[-1])]
+        asked_at = block.asked_at
+        for packet in pack(block, take_number):  # the first is on its way while the next is encoded
+            with self._lock:
+                if take_number != self.take_number:
+                    break
+                self._last = [still(packet)]
                 for viewer in self.viewers:
-                    viewer.show(packets, block.asked_at)
+                    viewer.show([packet], asked_at)
+            asked_at = None
         before = recording.failure
         recording.write(block.frames)
         if recording.failure != before:

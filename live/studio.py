@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 EMBEDDINGS_KEPT = 256
 JOB_TURNS = 4  # a job gets at least one of so many turns, however busy the live sessions are
 LOOK_AGAIN = 0.5  # seconds; whatever makes someone ready also wakes the thread
-WARM_UP = ("a", "a", "b")  # the prompts of three blocks: a first one, one after a clean pass, one after a re-cache
 
 
 class Studio:
@@ -87,17 +86,18 @@ class Studio:
         try:
             engine = self._load(self._loading)
             self._loading("text encoder")
-            engine.encode(WARM_UP[0])
+            prompts = first_blocks(self.config, engine.device)
+            engine.encode(prompts[0])
             self._loading("first blocks")
             session = engine.session(seed=0)
-            for prompt in WARM_UP:
+            for prompt in prompts:
                 if self._stopping.is_set():
                     return
                 session.set_prompt(prompt)
                 session.step()
             del session
         except Exception as error:
-            self.failure = str(error) if isinstance(error, UserError) else "the model could not be loaded"
+            self.failure = "loading failed; the server's log says why"  # which may name files
             log.error("%s", error, exc_info=not isinstance(error, UserError))
             return
         if engine.device.type == "cuda":
@@ -166,6 +166,7 @@ class Studio:
     def create_show(self, overrides: dict | None = None, seed: int | None = None) -> Show:
         """A new session. Raises Refused where there are too many, UserError for bad overrides."""
         config = self._config(overrides, seed)
+        self._make_room()
         show = Show(config, self.limits, self.encode, self._record, self.metrics, self._wake.set)
         with self._lock:
             full = len(self._shows) >= self.limits.sessions or self._stopping.is_set()
@@ -176,6 +177,17 @@ class Studio:
             raise Refused(429, f"there are {self.limits.sessions} sessions already; end one, or try again later")
         log.info("Session %s begins", show.id[:4])
         return show
+
+    def _make_room(self) -> None:
+        """Where there are too many sessions for another, ends the one that nobody has watched for the longest, if it is
+        long enough that nobody did."""
+        shows = self.shows()
+        if len(shows) < self.limits.sessions:
+            return
+        longest = max(shows, key=Show.idle_for)
+        if longest.idle_for() > self.limits.spare_seconds:
+            with contextlib.suppress(Refused):  # ended just now
+                self.end_show(longest.id, "nobody watched, and another session needs its place")
 
     def _config(self, overrides: dict | None, seed: int | None) -> Config:
         config = own_config(self.config, overrides or {})
@@ -280,3 +292,13 @@ class Studio:
         gauge("recordings_bytes", "Bytes of disk that recordings take.", self.storage.used)
         gauge("gpu_memory_bytes", "GPU memory in use.", lambda: self.memory()["gpu_bytes"])
         gauge("host_memory_bytes", "Host memory in use.", lambda: self.memory()["host_bytes"])
+
+
+def first_blocks(config: Config, device: torch.device) -> list[str]:
+    """The prompts of the blocks that are made before any session's: a first one, one after a clean pass, one after a
+    re-cache. On a GPU the window is full before that one, as kernels are compiled and memory is taken when they are
+    needed for the first time."""
+    alike = 2
+    if device.type == "cuda" and config.window is not None:
+        alike = max(alike, config.window // config.num_frame_per_block + 1)
+    return ["a"] * alike + ["b"]

@@ -1,13 +1,11 @@
 """The live page in headless Chromium, with the small model that comes with this repository."""
 
-import base64
 import io
 import json
 import os
 import re
-import shutil
-import time
-from collections.abc import Callable
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -18,18 +16,15 @@ from demo.judge import SHORTEST, Judge
 from demo.world import CHOICES
 from live.limits import Limits
 from live.packets import jpeg
+from live.security import Access
 from pipeline.engine import Engine
 from tests.frames import decode_errors, read_frames
 from tests.live_client import LiveServer, wait_until
+from tests.live_page import CHROMIUM, FLAGS, Page
 from utils.config import load_config
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here; install it (Debian, Ubuntu: apt-get install chromium), or set CHROMIUM")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update"]
-PATIENCE = 90  # seconds
 RED, BLUE = "A red ball bounces on a green meadow at noon.", "A blue ball bounces on a green meadow at noon."
 SEA = "A red ball bounces at sea at sunset."
 # Keeps a picture of the canvas for each frame that was on it.
@@ -62,52 +57,6 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
-
-
-class Page:
-    """The live page in a browser window of its own."""
-
-    def __init__(self, browser, server: LiveServer, **settings):
-        self.context = browser.new_context(viewport={"width": 1280, "height": 860}, accept_downloads=True, **settings)
-        self.tab = self.context.new_page()
-        self.server, self.errors = server, []
-        self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.tab.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-
-    def open(self, address: str = "") -> None:
-        self.tab.goto(address or self.server.address)
-        self.wait(lambda: self.state not in ("", "connecting", "loading"))
-
-    def wait(self, true: Callable[[], object], what: str = "") -> None:
-        end = time.monotonic() + PATIENCE
-        while not true():
-            assert time.monotonic() < end, (what, self.state, self.errors, self.text("#composer-note"))
-            self.tab.wait_for_timeout(50)
-
-    @property
-    def state(self) -> str:
-        return self.tab.evaluate("() => document.body?.dataset.state ?? ''")
-
-    @property
-    def frame(self) -> int:
-        return int(self.tab.evaluate("() => document.querySelector('#picture').dataset.frame ?? -1"))
-
-    @property
-    def session(self) -> str:
-        return self.tab.url.split("#")[1]
-
-    def text(self, selector: str) -> str:
-        return self.tab.inner_text(selector)
-
-    def captured(self) -> dict[int, np.ndarray]:
-        """Every frame that was on the canvas, uint8 [H, W, 3]."""
-        urls = self.tab.evaluate("() => window.captured")
-        return {int(frame): np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
-                for frame, url in urls.items()}
-
-    def type(self, prompt: str) -> None:
-        self.tab.fill("#prompt", prompt)
-        self.tab.press("#prompt", "Enter")
 
 
 @pytest.fixture
@@ -271,6 +220,28 @@ def test_lost_connection_comes_back_to_the_same_session(page):
     assert one.session == session
 
 
+def test_browser_that_is_killed_in_mid_stream(server, tmp_path):
+    """The session waits for the next one, with all that was made."""
+    session = server.create(prompt=RED)
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}", f"{server.address}/#{session}"]
+    browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        wait_until(lambda: server.state(session)["frames"] > 40, "frames for the browser")
+    finally:
+        os.killpg(browser.pid, signal.SIGKILL)
+        browser.wait()
+    wait_until(lambda: server.state(session)["status"] == "unwatched", "the loss being seen")
+    frames = server.state(session)["frames"]
+    with server.watch(session) as player:
+        player.until_frame(frames + 20)
+    server.http.patch(f"/api/sessions/{session}", json={"paused": True})
+    wait_until(lambda: server.state(session)["recorded"] == server.state(session)["frames"])
+    video = tmp_path / "video.mp4"
+    video.write_bytes(server.http.get(f"/api/sessions/{session}/video.mp4").content)
+    assert decode_errors(video) == "" and len(read_frames(video)) == server.state(session)["frames"]
+    server.end_all()
+
+
 def test_ended_session_offers_a_new_one(page):
     one = page()
     one.open()
@@ -282,8 +253,60 @@ def test_ended_session_offers_a_new_one(page):
     assert one.session != session
 
 
+def test_new_begins_another_session_and_back_returns_to_the_first(page):
+    one = page()
+    one.open()
+    one.type(RED)
+    one.wait(lambda: one.frame > 5)
+    first = one.session
+    one.tab.click("#new-session")
+    one.wait(lambda: one.state == "waiting")
+    second = one.session
+    assert second != first
+    one.tab.go_back()
+    one.wait(lambda: one.state == "playing" and one.session == first)
+    one.tab.click("#new-session")
+    one.wait(lambda: one.state == "waiting")
+    third = one.session
+    one.tab.click("#new-session")  # one without a frame does not stay behind
+    one.wait(lambda: one.state == "waiting" and one.session != third)
+    assert set(one.server.studio._shows) == {first, second, one.session}
+    assert one.errors == []
+
+
+def test_one_may_type_at_once(page):
+    one = page()
+    one.open()
+    one.tab.keyboard.type(RED)
+    one.tab.keyboard.press("Enter")
+    one.wait(lambda: one.frame > 5)
+    assert one.server.state(one.session)["prompt"] == RED
+
+
+def test_timeline_shows_the_last_minute_or_the_whole_video(page):
+    one = page()
+    one.open()
+    shown = one.tab.evaluate("""async () => {
+      const { Timeline } = await import("/page/timeline.js");
+      const timeline = new Timeline(document.createElement("div"), document.createElement("div"));
+      const prompts = [0, 100, 190].map((second, number) => ({ number, second, prompt: `${second}` }));
+      const draw = (whole) => {
+        timeline.whole = whole;
+        timeline.draw({ prompts, scheduled: [{ number: 9, second: 210, prompt: "later" }], made: 200, shown: 199 });
+        return [...timeline.track.children].filter((one) => one.localName === "button")
+          .map((one) => [one.textContent, parseFloat(one.style.left)]);
+      };
+      return { part: draw(false), whole: draw(true), more: timeline.hasMore };
+    }""")
+    assert shown["more"] and [text for text, _ in shown["part"]] == ["100", "190", "later"]
+    assert sorted(text for text, _ in shown["whole"]) == ["0", "100", "190", "later"]
+    assert all(0 <= place < 100 for _, place in (*shown["part"], *shown["whole"]))
+    assert not one.tab.is_visible("#whole")  # as long as a minute holds all
+
+
 @pytest.mark.parametrize("scheme", ["dark", "light"])
-@pytest.mark.parametrize(("width", "height"), [(1440, 900), (1024, 700), (390, 844), (320, 568)])
+@pytest.mark.parametrize(("width", "height"), [
+    (1440, 900), (1024, 700), (820, 1180), (390, 844), (320, 568), (844, 390)])
 def test_page_fits_its_window(page, scheme, width, height):
     """Nothing sticks out at the side, and player, prompt box and controls are to be seen."""
     one = page(color_scheme=scheme)
@@ -293,8 +316,10 @@ def test_page_fits_its_window(page, scheme, width, height):
     for selector in ("#player", "#prompt", "#send", "#pause", "#track"):
         box = one.tab.locator(selector).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["height"] > 10, selector
-    if width < 500:
-        assert one.tab.locator("#send").bounding_box()["y"] < height  # without scrolling
+    if width < 1000:  # without scrolling, which a player that stays at the top would also cover
+        for selector in ("#player", "#send"):
+            box = one.tab.locator(selector).bounding_box()
+            assert box["y"] + box["height"] <= height, selector
     ground = one.tab.evaluate("() => getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 384) == (scheme == "dark")
 
@@ -312,6 +337,25 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(page):
         one.tab.keyboard.press("Tab")
         reached.add(one.tab.evaluate("() => document.activeElement.id"))
     assert {"pause", "endless", "refresh", "seed", "dice", "restart", "fullscreen", "prompt", "send"} <= reached
+
+
+def test_token_is_typed_once(chromium, engine, tmp_path):
+    token = "let-this-browser-in"
+    with LiveServer(engine, engine.config, tmp_path, access=Access(token=token)) as server:
+        one = Page(chromium, server)
+        one.tab.goto(server.address)
+        radius = one.tab.evaluate("() => getComputedStyle(document.querySelector('main')).borderRadius")
+        assert radius == "14px"  # the policy lets its style through
+        one.tab.fill("input", "wrong-" + token)
+        one.tab.press("input", "Enter")
+        one.tab.wait_for_url("**/?token=wrong-*")
+        one.tab.fill("input", token)
+        one.tab.press("input", "Enter")
+        one.wait(lambda: one.state == "waiting")
+        assert token not in one.tab.url
+        one.open()
+        assert one.state == "waiting"
+        one.context.close()
 
 
 def test_docs_page_lists_the_api(page):

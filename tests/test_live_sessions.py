@@ -1,5 +1,6 @@
 """The live server as its clients see it, with a very small model."""
 
+import dataclasses
 import io
 import json
 import threading
@@ -13,6 +14,7 @@ from PIL import Image
 import inference
 from live.limits import Limits
 from live.packets import jpeg
+from live.studio import first_blocks
 from pipeline.engine import Engine
 from tests.frames import decode_errors, read_frames
 from tests.live_client import LIMITS, LiveServer, wait_until, watching
@@ -269,6 +271,17 @@ def test_idle_session_ends(engine, tmp_path):
         assert server.http.get(f"/api/sessions/{session}").status_code == 404
 
 
+def test_session_that_nobody_watches_makes_room(engine, tmp_path):
+    with LiveServer(engine, engine.config, tmp_path, Limits(sessions=2, spare_seconds=0.5)) as server:
+        watched, left = server.create(), server.create()
+        with server.watch(watched):
+            assert server.http.post("/api/sessions", json={}).status_code == 429  # not at once: who reloads comes back
+            time.sleep(0.6)
+            new = server.create()
+            assert set(server.studio._shows) == {watched, new}
+        assert server.http.get(f"/api/sessions/{left}").status_code == 404
+
+
 def test_length_of_a_session_is_limited(engine, tmp_path):
     with (LiveServer(engine, engine.config, tmp_path, Limits(session_seconds=2)) as server,
           watching(server, prompt="a") as (_, player)):
@@ -324,13 +337,13 @@ def test_cancelled_job(server):
     assert server.http.delete(f"/api/jobs/{job}").status_code == 204
 
 
-def test_loading_and_a_model_that_can_not_be_loaded(engine, tmp_path):
+def test_loading_and_a_model_that_can_not_be_loaded(engine, tmp_path, caplog):
     go_on = threading.Event()
 
     def load(progress):
         progress("generator")
         go_on.wait()
-        raise UserError("no weights here")
+        raise UserError(f"no weights in {tmp_path}")
 
     with LiveServer(engine, engine.config, tmp_path, load=load) as server:
         wait_until(lambda: server.http.get("/health").json()["stage"] == "generator")
@@ -339,6 +352,16 @@ def test_loading_and_a_model_that_can_not_be_loaded(engine, tmp_path):
             player.until(lambda: player.states and player.states[-1]["server"]["status"] == "loading")
             go_on.set()
             wait_until(lambda: server.http.get("/health").json()["status"] == "failed")
+            assert server.http.get("/health").json()["message"] == "loading failed; the server's log says why"
+            assert str(tmp_path) in caplog.text and str(tmp_path) not in server.http.get("/api/info").text
+
+
+def test_first_blocks_fill_the_window_of_a_gpu(tiny_config):
+    assert first_blocks(tiny_config, torch.device("cpu")) == ["a", "a", "b"]
+    prompts = first_blocks(tiny_config, torch.device("cuda"))
+    assert prompts.index("b") * tiny_config.num_frame_per_block > tiny_config.window and prompts[-1] == "b"
+    kwargs = dataclasses.replace(tiny_config.model_kwargs, local_attn_size=-1)
+    assert len(first_blocks(dataclasses.replace(tiny_config, model_kwargs=kwargs), torch.device("cuda"))) == 3
 
 
 def test_session_made_before_the_engine_is_there_begins_with_it(engine, tmp_path):

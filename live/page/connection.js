@@ -51,6 +51,14 @@ export class Connection {
     };
   }
 
+  // Leaves the session; nothing is opened again.
+  leave() {
+    clearTimeout(this.timer);
+    const socket = this.socket;
+    this.drop();
+    socket?.close();
+  }
+
   drop() {
     this.socket = null;
     for (const give of this.asked.values()) give({ type: "error", message: "the connection was lost" });

@@ -77,9 +77,13 @@ function join(session) {
   connection.open(session.id);
 }
 
+// Another session; Back returns to this one as long as the server keeps it. One without a frame is not worth keeping.
 async function another() {
+  const empty = line === "open" && state?.frames === 0 && state.viewers === 1 ? state.id : "";
+  connection.leave();
+  if (empty) await api("DELETE", `sessions/${encodeURIComponent(empty)}`).catch(() => {});
   keep("session", "");
-  history.replaceState(null, "", location.pathname);
+  history.pushState(null, "", location.pathname);
   await enter();
 }
 
@@ -88,6 +92,7 @@ function takeState(message) {
   if (fresh) {
     player.begin(message.take, state && message.take !== state.take ? 0 : message.frames);
     if (state && message.take !== state.take) { prompts = []; sentAt.clear(); }
+    if (message.status === "waiting" && document.activeElement === document.body && matchMedia("(hover: hover)").matches) $("prompt").focus();
   }
   line = "open";
   state = message.server ? message : { ...message, server: state?.server };
@@ -131,7 +136,7 @@ function show() {
   $("status-text").textContent = words[name] ?? name;
   $("veil").hidden = !title;
   $("veil-title").textContent = title;
-  $("veil-text").textContent = text;
+  $("veil-text").textContent = text.charAt(0).toUpperCase() + text.slice(1);
   $("veil-text").hidden = !text;
   $("spinner").hidden = !["loading", "lost", "connecting", "generating"].includes(name);
   $("progress").hidden = name !== "loading";
@@ -145,7 +150,9 @@ function show() {
   $("send").disabled = !open;
   const waiting = state?.next;
   $("caption").hidden = !state?.prompt || Boolean(title);
-  $("caption").textContent = waiting ? `next: ${waiting.prompt}` : current()?.prompt ?? state?.prompt ?? "";
+  const seen = current()?.prompt ?? state?.prompt ?? "";
+  $("caption").textContent = waiting ? `next: ${waiting.prompt}` : seen;
+  $("picture").ariaLabel = seen ? `The video: ${seen}` : "The video";
 }
 
 function current() {
@@ -175,7 +182,7 @@ function shown(frame) {
 function figures() {
   if (!state) return;
   const number = (id, value, digits) => { $(id).textContent = Number.isFinite(value) ? value.toFixed(digits) : "–"; };
-  number("f-fps", state.frames ? player.rate() : NaN, 1);
+  number("f-fps", state.frames && !state.paused ? player.rate() : NaN, 1);
   number("f-speed", state.frames_per_second ? state.frames_per_second / state.fps : NaN, 2);
   number("f-latency", latencies.at(-1), 2);
   const sorted = [...latencies].sort((a, b) => a - b);
@@ -192,6 +199,7 @@ function figures() {
   $("f-more").textContent = state.recording || `${state.width}×${state.height}, ${recorded}${viewers}`;
   $("clock").textContent = clock(player.shown / state.fps, 1);
   $("clock").title = `Shown ${clock(player.shown / state.fps, 1)}, made ${clock(state.seconds, 1)}`;
+  $("whole").hidden = !timeline.hasMore;
   timeline.draw({ prompts, scheduled: state.scheduled, made: state.seconds, shown: player.shown / state.fps });
   if (document.body.dataset.state !== situation()[0]) show();
 }
@@ -209,7 +217,7 @@ function listPrompts() {
 
 function entry(one, when, kind) {
   const item = Object.assign(document.createElement("li"), { className: kind });
-  item.style.setProperty("--segment", `hsl(${hue(one.number)} 52% 50%)`);
+  item.style.setProperty("--segment", `oklch(0.62 0.15 ${hue(one.number)})`);
   const pick = Object.assign(document.createElement("button"), { type: "button", textContent: one.prompt, title: "Write this again" });
   pick.onclick = () => write(one.prompt);
   item.append(Object.assign(document.createElement("i"), { className: "swatch" }),
@@ -232,7 +240,9 @@ function suggest(list) {
   }));
 }
 
-function note(text, bad = false) {
+function note(text, bad = false, lasts = bad) {
+  clearTimeout(note.timer);
+  if (text && !lasts) note.timer = setTimeout(() => note(""), 10000);
   $("composer-note").textContent = text;
   $("composer-note").classList.toggle("bad", bad);
 }
@@ -259,8 +269,8 @@ async function send() {
     if (!$("prompt").value) $("prompt").value = prompt;
     return;
   }
-  if (at === null) sentAt.set(answer.number, began);
-  note(at === null ? "" : `Scheduled for ${clock(at, 1)}`);
+  if (at === null && state.server?.status === "ready") sentAt.set(answer.number, began); // else it is loading that takes long
+  note(at === null ? "" : `Takes hold at ${clock(answer.second ?? at, 1)}`);
   $("when-now").checked = true;
 }
 
@@ -272,7 +282,7 @@ async function restart() {
 
 async function download() {
   const id = encodeURIComponent(state.id);
-  note("Preparing the video…");
+  note("Preparing the video…", false, true);
   try {
     for (const kind of ["mp4", "json"]) {
       const answer = await fetch(`api/sessions/${id}/video.${kind}`);
@@ -302,6 +312,18 @@ $("restart").onclick = restart;
 $("download").onclick = download;
 $("fullscreen").onclick = fullscreen;
 $("new-session").onclick = another;
+$("fullscreen").hidden = !document.fullscreenEnabled;
+$("whole").onclick = () => {
+  timeline.whole = !timeline.whole;
+  $("whole").ariaPressed = timeline.whole;
+  figures();
+};
+$("suggestions").onwheel = (event) => { // a mouse has one wheel
+  if (event.deltaX || event.shiftKey) return;
+  const before = $("suggestions").scrollLeft;
+  $("suggestions").scrollLeft += event.deltaY;
+  if ($("suggestions").scrollLeft !== before) event.preventDefault();
+};
 $("help").onclick = () => $("keys").showModal();
 $("endless").onchange = () => set({ endless: $("endless").checked });
 $("refresh").onchange = () => set({ refresh: $("refresh").value });
@@ -330,7 +352,7 @@ document.addEventListener("keydown", (event) => {
   const typing = event.target.closest?.("input, textarea, select, dialog");
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
   const does = { "/": () => $("prompt").focus(), r: restart, d: () => { if (!$("download").disabled) download(); }, f: fullscreen,
-    e: () => $("endless").click(), "?": () => $("keys").showModal() };
+    w: () => { if (!$("whole").hidden) $("whole").click(); }, e: () => $("endless").click(), "?": () => $("keys").showModal() };
   if (event.key === " " && event.target.closest?.("button, a, summary")) return; // the button's own
   const action = event.key === " " ? togglePause : does[event.key.toLowerCase()];
   if (!action) return;

@@ -1,6 +1,7 @@
 // The video so far and what is scheduled, as a strip: prompts as coloured pieces, the player's place, time to come.
 
 const PAST = 60, COMING = 20, LEAST = 30; // seconds on view
+const MARK = 56; // pixels that a mark on the ruler needs
 
 export const hue = (number) => (number * 47 + 225) % 360;
 export const clock = (seconds, digits = 0) =>
@@ -9,7 +10,7 @@ export const clock = (seconds, digits = 0) =>
 export class Timeline {
   // choose(prompt): a piece was picked. schedule(second): a place in time to come was picked.
   constructor(track, ruler, choose, schedule) {
-    Object.assign(this, { track, ruler, choose, schedule, pieces: new Map() });
+    Object.assign(this, { track, ruler, choose, schedule, pieces: new Map(), whole: false });
     this.head = track.appendChild(Object.assign(document.createElement("i"), { className: "head" }));
     this.ghost = track.appendChild(Object.assign(document.createElement("i"), { className: "ghost", hidden: true }));
     track.addEventListener("pointermove", (event) => this.hover(event));
@@ -32,13 +33,16 @@ export class Timeline {
     this.ghost.textContent = clock(Math.round(2 * second) / 2, 1);
   }
 
+  // Whether there is more than the last minute to see.
+  get hasMore() { return this.made > PAST; }
+
   percent(second) { return 100 * (second - this.from) / (this.to - this.from); }
 
   // prompts: [{number, prompt, second}], scheduled: the same; made, shown: seconds.
   draw({ prompts, scheduled, made, shown }) {
     this.made = made;
-    this.from = Math.max(0, made - PAST);
-    this.to = Math.max(made + COMING, LEAST, ...scheduled.map((one) => one.second + 8));
+    this.from = this.whole ? 0 : Math.max(0, made - PAST);
+    this.to = Math.max(made + Math.max(COMING, (made - this.from) / 4), LEAST, ...scheduled.map((one) => one.second + 8));
     const kept = new Set();
     prompts.forEach((one, i) => {
       const end = prompts[i + 1]?.second ?? made;
@@ -60,7 +64,7 @@ export class Timeline {
       node.className = kind;
       node.append(Object.assign(document.createElement("span"), { textContent: one.prompt }));
       node.title = `${clock(one.second, 1)}  ${one.prompt}`;
-      node.style.setProperty("--segment", `hsl(${hue(one.number)} 52% 42%)`);
+      node.style.setProperty("--segment", `oklch(0.5 0.13 ${hue(one.number)})`);
       node.style.setProperty("--segment-text", "#fff");
       node.addEventListener("click", () => this.choose(one));
       this.track.append(node);
@@ -73,7 +77,7 @@ export class Timeline {
 
   drawRuler() {
     const span = this.to - this.from;
-    const step = [5, 10, 15, 30, 60, 120, 300, 600].find((one) => span / one < 11) ?? 1800;
+    const step = [5, 10, 15, 30, 60, 120, 300, 600].find((one) => span / one < Math.min(11, this.track.clientWidth / MARK)) ?? 1800;
     const first = Math.ceil(this.from / step) * step;
     const marks = [];
     for (let second = first; second < this.to; second += step) marks.push(second);
