@@ -13,6 +13,7 @@ from utils.checkpoint import fill
 from utils.config import load_config
 from wan import kernels
 from wan.attention import attention, fastest
+from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_plain, conv3d_triton
 from wan.model import CausalWan
 from wan.rope import RotaryEmbedding
 from wan.vae import WanVAE
@@ -99,6 +100,24 @@ def test_convolution_of_twice(dtype, shape, out, monkeypatch):
     got = kernels.conv2d_of_twice(x, weight, bias)
     expected = kernels.conv2d_of_twice_plain(x.double(), weight.double(), bias.double())
     assert relative(got, expected) < TOLERANCE[dtype]
+
+
+NEW = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@pytest.mark.parametrize("way", [conv3d, conv3d_of_pairs,
+                                 pytest.param(conv3d_triton, marks=pytest.mark.skipif(not NEW, reason="no Hopper"))])
+@pytest.mark.parametrize("shape,out", [((1, 6, 60, 832, 96), 96), ((2, 3, 7, 70, 32), 40), ((1, 4, 9, 130, 64), 3)])
+def test_every_way_of_a_convolution(way, shape, out):
+    x, weight, bias = (draw(*size, dtype=torch.bfloat16) for size in (shape, (out, shape[-1], 3, 3, 3), (out,)))
+    skip = draw(shape[0], shape[1] - 2, *shape[2:4], out, dtype=torch.bfloat16)
+    x[..., :3] += 2  # a border that is not zero would show
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    expected = conv3d_plain(x.double(), weight.double(), bias.double())
+    assert relative(way(x, weight, None), expected - bias) < TOLERANCE[torch.bfloat16]
+    assert relative(way(x, weight, bias), expected) < 2 * TOLERANCE[torch.bfloat16]  # cuDNN's sum is rounded before
+    if out % 8 == 0:
+        assert relative(way(x, weight, bias, skip), expected + skip) < 2 * TOLERANCE[torch.bfloat16]
 
 
 def test_zeros_stay_zeros():
