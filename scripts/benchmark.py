@@ -49,8 +49,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--decoder", choices=DECODERS, default="wan")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--size", choices=SIZES, default="full", help="toy: the small model's shapes, at 192×112")
+    parser.add_argument("--roofline", type=float, default=0.2, metavar="SECONDS",
+                        help="spent on each way of each operation; 0: no roofline")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the results there, and FILE's name.png")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="only draw the picture of results saved before")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="FILE",
+                        help="only print what counts of results saved before, beside each other")
     parser.add_argument(processes.CHILD, action="store_true", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)
 
@@ -76,13 +80,14 @@ def make_videos(engine: Engine, args: argparse.Namespace, folder: Path) -> Itera
             yield make(one, f"{name}-{args.long}", timeline(one, args.long), folder)
 
 
-def hold_against_roofline(engine: Engine, size: str, steady: Video, switching: Video | None) -> dict[str, Any] | None:
+def hold_against_roofline(engine: Engine, args: argparse.Namespace, steady: Video,
+                          switching: Video | None) -> dict[str, Any] | None:
     config, device = engine.config, engine.device
-    if config.window is None:
+    if config.window is None or not args.roofline:
         return None
-    operations = operations_of_a_block(config, size)
+    operations = operations_of_a_block(config, args.size)
     seconds = roofline.time_all(operations, device, pick_dtype(config.dtype, device),
-                                0.2 if device.type == "cuda" else 0.02)
+                                args.roofline if device.type == "cuda" else args.roofline / 10)
     measured = steady.stages | {"block": steady.block}
     if switching is not None:
         measured["re-cache"] = switching.stages.get("re-cache")
@@ -113,7 +118,7 @@ def run(config: Config, args: argparse.Namespace, overrides: list[str], folder: 
     results["waiting"] = gpu_use.check_no_waiting(engine)
     results["busy"] = gpu_use.busy_share(engine, BUSY_BLOCKS, folder)
     yield results
-    results["roofline"] = hold_against_roofline(engine, args.size, steady, switching)
+    results["roofline"] = hold_against_roofline(engine, args, steady, switching)
     yield results
 
 
@@ -125,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.draw:
         return draw(json.loads(args.draw.read_text("utf-8")), args.draw.with_suffix(".png"))
+    if args.compare:
+        return print(report.side_by_side({file.stem: json.loads(file.read_text("utf-8")) for file in args.compare}))
     overrides = [*RESOLUTIONS[args.size], *PRECISIONS[args.precision], *DECODERS[args.decoder], *args.overrides]
     config = load_config(None, overrides)
     with tempfile.TemporaryDirectory(prefix="longlive-benchmark-") as folder:

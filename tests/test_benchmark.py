@@ -142,6 +142,7 @@ def test_busy_time_counts_what_overlaps_once():
               {"cat": "cuda_runtime", "name": "launch", "ts": 0.0, "dur": 1000.0}, {"ph": "M"}]
     use = gpu_use.summarise(events, wall=0.001, blocks=2)
     assert use["busy"] == pytest.approx(0.85) and use["kernels_per_block"] == 1.5
+    assert (use["long_gaps_per_block"], use["long_gaps_ms_per_block"]) == (0.5, 0.07)  # of the 0.15 ms before the copy
     assert [(kernel["name"], kernel["calls_per_block"]) for kernel in use["top"]] == [("a", 1), ("b", 0.5)]
     assert gpu_use.summarise([{"cat": "cpu_op", "ts": 0, "dur": 1}], 1.0, 1) is None
 
@@ -173,6 +174,14 @@ def test_whole_run(tmp_path, capsys):
     assert {"gemm", "attention", "conv"} == set(results["roofline"]["kinds"])
     printed = capsys.readouterr().out
     assert "no GPU" in printed and all(name in printed for name in names)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"title": "a run"}))  # that was stopped before its first video
+    benchmark.main(["--compare", str(file), str(other)])
+    printed = capsys.readouterr().out
+    assert "other: a run (it did not end)" in printed
+    rows = dict(line.rsplit(maxsplit=1) for line in printed.splitlines()[3:])
+    assert float(rows["decode, ms"]) > 0 and float(rows["share of the roofline, block"]) > 0
+    assert rows["GPU busy, %"] == "-" and float(rows["re-cache, ms"]) > 0
 
 
 def test_picture_of_saved_results(tmp_path):

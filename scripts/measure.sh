@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# What README says of speed on a GPU, measured on this one without a checkpoint: bash scripts/measure.sh FOLDER [PART…]
+# Parts: tests tune bf16 fp8 tiny large long; all of them take about 9 minutes. One that fails or takes too long does not
+# stop the others. FOLDER gets the results as JSON and log.txt; the tables are printed at the end.
+# LONGLIVE_PYTHON=/path/to/python uses that interpreter in place of .venv.
+set -uo pipefail
+source "$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/_env.sh"
+[ $# -ge 1 ] || fail "which folder? bash scripts/measure.sh FOLDER [PART…]"
+mkdir -p "$1" || fail "$1: can't be made"
+out="$(cd "$1" && pwd)"
+shift
+parts=("$@")
+[ $# -ge 1 ] || parts=(tests tune bf16 fp8 tiny large long)
+ensure_env requirements-test.txt
+cd "$ROOT" || exit
+export PYTHONUNBUFFERED=1
+
+# run NAME SECONDS COMMAND…: says how long it took; what it prints goes to log.txt, and its last line to the terminal.
+run() {
+  local name="$1" limit="$2" began=$SECONDS code=0 log
+  shift 2
+  log="$(mktemp)"
+  timeout "$limit" "$PYTHON" "$@" >"$log" 2>&1 || code=$?
+  { echo "== $name: $*"; cat "$log"; } >>"$out/log.txt"
+  echo "== $name: $((SECONDS - began)) s, exit code $code: $(tail -n 1 "$log" | cut -c 1-160)"
+  [ "$code" = 0 ] || tail -n 15 "$log" | cut -c 1-200
+  rm -f "$log"
+}
+
+# bench NAME SECONDS OPTION…: one run of the benchmark.
+bench() {
+  run "$1" "$2" scripts/benchmark.py --long 0 --cold 0 --roofline 0 --json "$out/$1.json" "${@:3}"
+}
+
+for part in "${parts[@]}"; do
+  case "$part" in
+    tests) # compiling kernels takes most of the time, on the CPU: both files at once
+      run "tests of FP8" 240 -m pytest -m gpu -q tests/test_gpu_fp8.py &
+      run "other tests" 240 -m pytest -m gpu -q --ignore tests/test_gpu_fp8.py
+      wait ;;
+    tune)
+      run decoder 120 scripts/tune_decoder.py --json "$out/tune_decoder.json"
+      run passes 120 scripts/tune_passes.py --json "$out/tune_passes.json" ;;
+    bf16) bench bf16 300 --latents 60 240 --cold 1 --roofline 0.05 ;;
+    fp8) bench fp8 200 --latents 60 240 --cold 1 --precision fp8 ;;
+    tiny) bench tiny 100 --latents 240 --switches 0 --precision fp8 --decoder taehv ;;
+    large) bench large 120 --latents 36 --switches 0 height=720 width=1280 ;;
+    # Two videos of a thousand latents, of which one denoising step and the tiny decoder leave what could grow.
+    long) bench long 200 --latents 36 --switches 0 --long 1000 --decoder taehv "denoising_step_list=[1000]" ;;
+    *) echo "no part $part: tests tune bf16 fp8 tiny large long" >&2 ;;
+  esac
+done
+
+for name in decoder passes; do
+  [ -f "$out/tune_$name.json" ] && sed -n "/^== $name: /,/^== /{/^== /d;p}" "$out/log.txt"
+done
+results=()
+for name in bf16 fp8 tiny large long; do
+  if [ -f "$out/$name.json" ]; then
+    results+=("$out/$name.json")
+    sed -n "/^== $name: /,/^== /p" "$out/log.txt" | sed -n '/^GPU busy/,$p' | grep -v "^==" | head -n 9 | cut -c 1-110
+  fi
+done
+[ ${#results[@]} = 0 ] || "$PYTHON" scripts/benchmark.py --compare "${results[@]}"
