@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
 from demo.random_checkpoint import SIZES, randomise
@@ -50,7 +51,15 @@ def test_modulate_and_gate(dtype, batch, frames, tokens, dim):
     got = kernels.modulate(x, shift, scale, 1e-6)
     assert relative(got, kernels.modulate_plain(*as_double[:3], 1e-6)) < TOLERANCE[dtype]
     got = kernels.gated(x, gate, y)
-    assert relative(got, kernels.gated_plain(as_double[0], as_double[3], as_double[4])) < TOLERANCE[dtype]
+    total = kernels.gated_plain(as_double[0], as_double[3], as_double[4])
+    assert relative(got, total) < TOLERANCE[dtype]
+    weight, bias = draw(dim, dtype=dtype), draw(dim, dtype=dtype)
+    got, normed = kernels.gated_norm(x, gate, y, weight, bias, 1e-6)
+    assert relative(got, total) < TOLERANCE[dtype]
+    assert relative(normed, F.layer_norm(got.double(), (dim,), weight.double(), bias.double(), 1e-6)) < TOLERANCE[dtype]
+    got, normed = kernels.add_modulate(x, y, shift, scale, 1e-6)
+    assert relative(got, as_double[0] + as_double[4]) < TOLERANCE[dtype]
+    assert relative(normed, kernels.modulate_plain(got.double(), *as_double[1:3], 1e-6)) < TOLERANCE[dtype]
 
 
 @DTYPES

@@ -59,6 +59,17 @@ def test_every_way_of_a_convolution_is_the_same(way):
     assert_close(way(x, weight, bias, skip), expected + skip)
 
 
+def test_sums_and_their_norms_are_those_of_the_parts():
+    x, y, gate, scale, shift = (draw(2, 3, 5, 16), draw(2, 3, 5, 16).flip(0), *draw(2, 3, 3, 16).split(1, 2))
+    weight, bias = draw(16), draw(16).flip(0)
+    total, normed = kernels.gated_norm(x, gate, y, weight, bias, 1e-6)
+    assert_close(total, x + gate * y)
+    assert_close(normed, torch.nn.functional.layer_norm(x + gate * y, (16,), weight, bias, 1e-6))
+    total, normed = kernels.add_modulate(x, y, shift, scale, 1e-6)
+    assert_close(total, x + y)
+    assert_close(normed, kernels.modulate_plain(x + y, shift, scale, 1e-6))
+
+
 def test_linear_and_gelu():
     x, weight, bias = draw(2, 3, 10, 24) * 5, draw(40, 24), draw(40)
     assert_close(kernels.linear_gelu(x, weight, bias), kernels.linear_gelu_plain(x, weight, bias))

@@ -55,6 +55,35 @@ def gated_plain(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return torch.addcmul(x, gate, y)
 
 
+def gated_norm(x: Tensor, gate: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + gate·y, and the LayerNorm of that. x and y [B, F, L, dim], gate [B, F, 1, dim], weight and bias [dim]."""
+    if fused(x, gate, y, weight):
+        from wan.kernels import triton_wan
+
+        return triton_wan.sum_norm(x, gate, y, bias, weight, eps)
+    return gated_norm_plain(x, gate, y, weight, bias, eps)
+
+
+def gated_norm_plain(x: Tensor, gate: Tensor, y: Tensor, weight: Tensor, bias: Tensor,
+                     eps: float) -> tuple[Tensor, Tensor]:
+    x = gated_plain(x, gate, y)
+    return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_modulate(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and `modulate` of that. x and y [B, F, L, dim], shift and scale [B, F, 1, dim]."""
+    if fused(x, y, shift, scale):
+        from wan.kernels import triton_wan
+
+        return triton_wan.sum_norm(x, None, y, shift, scale, eps)
+    return add_modulate_plain(x, y, shift, scale, eps)
+
+
+def add_modulate_plain(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x = x + y
+    return x, modulate_plain(x, shift, scale, eps)
+
+
 def rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
     """RMSNorm over the whole dim, then RoPE of each head. x [B, S, dim], turns [S, D/2] → [B, S, H, D]."""
     if fused(x, weight):
