@@ -156,11 +156,12 @@ def test_tiny_decoder_stands_in_for_the_vae(tmp_path):
 
 def test_whole_run(tmp_path, capsys):
     file = tmp_path / "results.json"
-    benchmark.main(["--size", "toy", "height=32", "width=48", "model_kwargs.local_attn_size=6", "--latents", "9",
-                    "--switches", "1", "--long", "12", "--cold", "1", "--gpus", "2", "--json", str(file),
-                    "denoising_step_list=[1000]", "device=cpu"])
+    benchmark.main(["--size", "toy", "height=32", "width=48", "model_kwargs.local_attn_size=6", "device=cpu",
+                    "denoising_step_list=[1000]", "--latents", "9", "--switches", "1", "--long", "12", "--cold", "1",
+                    "--gpus", "2", "--json", str(file),
+                    "--also", "9", "height=48", "vae=taehv", "vae_ckpt=random", "--also", "9", "width=32"])
     results = json.loads(file.read_text("utf-8"))
-    names = ["first", "single-9", "switches-9", "absolute-12", "endless-12"]
+    names = ["first", "single-9", "switches-9", "absolute-12", "endless-12", "also-1-9", "also-2-9"]
     assert [video["name"] for video in results["videos"]] == names
     for video in results["videos"]:
         assert video["frames"] == 4 * video["latents"] - 3 and len(video["block_series"]) == video["latents"] // 3
@@ -181,6 +182,7 @@ def test_whole_run(tmp_path, capsys):
     assert "other: a run (it did not end)" in printed
     rows = dict(line.rsplit(maxsplit=1) for line in printed.splitlines()[3:])
     assert float(rows["decode, ms"]) > 0 and float(rows["share of the roofline, block"]) > 0
+    assert float(rows["height=48 vae=taehv vae_ckpt=random: frames/s"]) > 0 and float(rows["width=32: block, ms"]) > 0
     assert rows["GPU busy, %"] == "-" and float(rows["re-cache, ms"]) > 0
 
 

@@ -66,6 +66,12 @@ def _summary(results: dict[str, Any]) -> dict[str, Any]:
     for video in (*videos.values(), steady):
         stages |= video["stages"]  # a re-cache is another video's
     cold, roofline, busy = results["first_frame"]["cold"], results["roofline"], results["busy"]
+    also = {}
+    for number, (latents, *settings) in enumerate(results["also"], 1):
+        video, name = videos.pop(f"also-{number}-{latents}"), " ".join(settings)
+        also |= {f"{name}: frames/s": video["frames_per_second"], f"{name}: block, ms": video["block"],
+                 f"{name}: decode, ms": video["stages"]["decode"], f"{name}: peak, GiB": video["peak_gpu_gib"],
+                 f"{name}: last blocks to latent 30": video["flatness"]}
     return {
         "latents": steady["latents"], "frames/s end to end": steady["frames_per_second"], "block, ms": steady["block"],
         "denoising and clean pass, ms": stages["denoise"] + stages.get("clean pass", 0.0),
@@ -74,9 +80,11 @@ def _summary(results: dict[str, Any]) -> dict[str, Any]:
         "first frame, fresh process, s": min((one["seconds"] for one in cold), default=None),
         "first frame, second video, ms": results["first_frame"]["warm_ms"],
         "peak GPU memory, GiB": max(video["peak_gpu_gib"] for video in videos.values()),
-        **{f"{name}: last blocks to latent 30": ratio for name, ratio in results["flatness"].items()},
+        **{f"{name}: last blocks to latent 30": video["flatness"] for name, video in videos.items()
+           if video["flatness"] is not None},
         "GPU busy, %": busy and 100 * busy["busy"],
         "share of the roofline, block": roofline and roofline["stages"]["block"]["fraction"],
+        **{row: value for row, value in also.items() if value is not None},
     }
 
 
@@ -86,7 +94,7 @@ def side_by_side(runs: dict[str, dict[str, Any]]) -> str:
     columns = {name: _summary(results) for name, results in runs.items() if "roofline" in results}
     lines = [f"{name}: {runs[name].get('title', 'it did not begin')}{'' if name in columns else ' (it did not end)'}"
              for name in runs]
-    lines.append(f"{'':44}" + "".join(f"{name:>14}" for name in columns))
+    lines.append(f"{'':64}" + "".join(f"{name:>14}" for name in columns))
     for row in dict.fromkeys(row for summary in columns.values() for row in summary):
-        lines.append(f"{row:44}" + "".join(f"{_number(summary.get(row)):>14}" for summary in columns.values()))
+        lines.append(f"{row:64}" + "".join(f"{_number(summary.get(row)):>14}" for summary in columns.values()))
     return "\n".join(lines)

@@ -26,7 +26,7 @@ def _finish(sums, out, skip, bias, frame, row, column, N: tl.constexpr, OUT: tl.
     out.store([frame, row, column, 0], sums.to(out.dtype).reshape(1, 1, COLUMNS, N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "across"])
 def _conv(x, weight, out, skip, bias, frames, across, C: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
           OUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr,
           HAS_SKIP: tl.constexpr):
