@@ -111,7 +111,7 @@ def run(config: Config, args: argparse.Namespace, overrides: list[str], folder: 
     engine = random_engine(config, args.size)
     gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     results["title"] = (f"{gpu}, torch {torch.__version__}, {config.height}×{config.width}, {args.size} size, "
-                        f"precision {args.precision}, decoder {config.vae}")
+                        f"precision {args.precision}, decoder {config.vae}, {engine.attention}")
     yield results
     videos: dict[str, Video] = {}
     for video in make_videos(engine, args, overrides, folder):

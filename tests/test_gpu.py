@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from torch.nn.attention import SDPBackend
 
 from demo.random_checkpoint import SIZES, randomise
 from scripts.benchmark import RESOLUTIONS
@@ -13,7 +14,7 @@ from tests.parity import run
 from utils.checkpoint import fill
 from utils.config import load_config
 from wan import kernels
-from wan.attention import attention, fastest
+from wan.attention import BACKENDS, attention, chosen, fastest
 from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_plain, conv3d_triton
 from wan.model import CausalWan
 from wan.rope import RotaryEmbedding
@@ -143,6 +144,16 @@ def test_attention(keys):
         got = attention(*(t.bfloat16() for t in (q, k, v)))
     weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(128**0.5).softmax(-1)
     assert relative(got, torch.einsum("bhqk,bkhd->bqhd", weights, v)) < 1e-2
+
+
+def test_the_first_back_end_that_can_is_taken_and_told(monkeypatch):
+    kind = (torch.device("cuda"), torch.bfloat16, 128)
+    names = {backend.name.lower().replace("_", " ") for backend in BACKENDS}
+    assert chosen(*kind) in names
+    monkeypatch.setattr("wan.attention.BACKENDS", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+    assert chosen(*kind) == "math"
+    monkeypatch.setattr("wan.attention.BACKENDS", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+    assert chosen(torch.device("cuda"), torch.float32, 128) == "math"  # which flash attention does not take
 
 
 @DTYPES
