@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What README says of speed on a GPU, measured on this one without a checkpoint: bash scripts/measure.sh FOLDER [PART…]
-# Parts: tests tune bf16 fp8 long; all of them take about 9 minutes. One that fails or takes too long does not stop the
+# Parts: tests decoder passes bf16 fp8 long; all of them take about 9 minutes. One that fails or takes too long does not stop the
 # others. FOLDER gets the results as JSON and log.txt; the tables are printed at the end.
 # LATENTS="60 120" makes shorter videos, LONGLIVE_PYTHON=/path/to/python uses that interpreter in place of .venv.
 set -uo pipefail
@@ -10,7 +10,7 @@ mkdir -p "$1" || fail "$1: can't be made"
 out="$(cd "$1" && pwd)"
 shift
 parts=("$@")
-[ $# -ge 1 ] || parts=(tests tune bf16 fp8 long)
+[ $# -ge 1 ] || parts=(tests decoder passes bf16 fp8 long)
 ensure_env requirements-test.txt
 cd "$ROOT" || exit
 export PYTHONUNBUFFERED=1
@@ -43,19 +43,17 @@ for part in "${parts[@]}"; do
       run "tests of FP8" 240 -m pytest -m gpu -q tests/test_gpu_fp8.py &
       run "other tests" 240 -m pytest -m gpu -q --ignore tests/test_gpu_fp8.py --continue-on-collection-errors
       wait ;;
-    tune)
-      run decoder 120 scripts/tune_decoder.py --json "$out/tune_decoder.json"
-      run passes 120 scripts/tune_passes.py --json "$out/tune_passes.json" ;;
+    decoder | passes) run "$part" 120 "scripts/tune_$part.py" --json "$out/tune_$part.json" ;;
     bf16) bench bf16 300 --latents "${latents[@]}" --cold 1 --roofline 0.05 "${large[@]}" ;;
     fp8) bench fp8 240 --latents "${latents[@]}" --cold 0 --roofline 0 --precision fp8 --also "${latents[-1]}" "${tiny[@]}" ;;
     long) bench long 200 --latents 36 --switches 0 --cold 0 --roofline 0 --also "${thousand[@]}" \
       --also "${thousand[@]}" model_kwargs.use_infinite_attention=true ;;
-    *) echo "no part $part: tests tune bf16 fp8 long" >&2 ;;
+    *) echo "no part $part: tests decoder passes bf16 fp8 long" >&2 ;;
   esac
 done
 
-for name in decoder passes; do
-  [ -f "$out/tune_$name.json" ] && sed -n "/^== $name: /,/^== /{/^== /d;p}" "$out/log.txt"
+for name in "${parts[@]}"; do
+  case "$name" in decoder | passes) sed -n "/^== $name: /,/^== /{/^== /d;p}" "$out/log.txt" ;; esac
 done
 results=()
 for name in bf16 fp8 long; do
