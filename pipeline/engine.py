@@ -15,6 +15,7 @@ from utils.config import Config, load_config
 from utils.device import keep_freed_memory, memory_free, pick_device, pick_dtype, same_on_any_thread_count
 from utils.errors import UserError
 from utils.prompts import shorten
+from wan.attention import chosen
 from wan.geometry import PIXELS
 from wan.model import CausalWan
 from wan.text_encoder import TextEncoder
@@ -84,6 +85,11 @@ class Engine:
             return pick_device(self.config.text_encoder_device, self.device.index or 0)
         fits = self.device.type == "cuda" and memory_free(self.device) > _size(model) + HEADROOM
         return self.device if fits else torch.device("cpu")
+
+    @property
+    def attention(self) -> str:
+        """Which of PyTorch's back ends attention in the generator's dtype takes on this device."""
+        return chosen(self.device, self.generator.patch_embedding.weight.dtype, self.generator.config.head_dim)
 
     def encode(self, prompt: str) -> Tensor:
         """Embeddings [1, n, text_dim] of a prompt, on the host; remembered. Logs what a prompt too long loses."""

@@ -76,7 +76,7 @@ def _make(jobs: list[Job], task: Task, ranks: Ranks) -> list[RankReport]:
     start = time.perf_counter()
     engine = ranks.first_then_others(lambda: Engine.from_config(task.config, ranks.local))
     report = RankReport(load=time.perf_counter() - start)
-    log.info("Loaded in %.1f s, on %s", report.load, engine.device)
+    log.info("Loaded in %.1f s, on %s, %s", report.load, engine.device, engine.attention)
     share = ranks.share(jobs)
     for job in share:
         for segment in job.timeline.segments:

@@ -21,7 +21,7 @@ from demo.random_checkpoint import SIZES
 from pipeline.engine import Engine
 from scripts.benchmarking import gpu_use, picture, processes, report, roofline
 from scripts.benchmarking.operations import operations_of_a_block
-from scripts.benchmarking.random_engine import random_engine, with_endless
+from scripts.benchmarking.random_engine import random_engine, with_config
 from scripts.benchmarking.videos import Video, make, timeline
 from utils.cli import guarded
 from utils.config import Config, load_config
@@ -43,14 +43,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=1000, metavar="N",
                         help="latents of two videos, absolute and endless, that show whether a block's time and memory "
                              "grow; 0: none")
+    parser.add_argument("--also", nargs="+", action="append", default=[], metavar=("N", "key=value"),
+                        help="a further video of N latents, of the same weights under other settings: 36 height=720 "
+                             "width=1280, or 240 vae=taehv vae_ckpt=random; may be repeated")
     parser.add_argument("--cold", type=int, default=2, metavar="N", help="fresh processes that are timed; 0: none")
     parser.add_argument("--gpus", type=int, default=1, metavar="N",
                         help="with 2 or more: also as many processes at once, one a GPU")
     parser.add_argument("--decoder", choices=DECODERS, default="wan")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--size", choices=SIZES, default="full", help="toy: the small model's shapes, at 192×112")
+    parser.add_argument("--roofline", type=float, default=0.2, metavar="SECONDS",
+                        help="spent on each way of each operation; 0: no roofline")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the results there, and FILE's name.png")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="only draw the picture of results saved before")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="FILE",
+                        help="only print what counts of results saved before, beside each other")
     parser.add_argument(processes.CHILD, action="store_true", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)
 
@@ -62,7 +69,10 @@ def first_frame_and_at_once(args: argparse.Namespace, overrides: list[str]) -> t
     return {"cold": cold}, processes.at_once(options, args.gpus, args.latents[-1]) if args.gpus > 1 else None
 
 
-def make_videos(engine: Engine, args: argparse.Namespace, folder: Path) -> Iterator[Video]:
+def make_videos(engine: Engine, args: argparse.Namespace, overrides: list[str], folder: Path) -> Iterator[Video]:
+    def under(settings: list[str]) -> Engine:
+        return with_config(engine, load_config(None, [*overrides, *settings]), args.size)
+
     first = (engine.config.window or 0) + 2 * engine.config.num_frame_per_block
     yield make(engine, "first", timeline(engine, first), folder)
     for n in args.latents:
@@ -71,18 +81,23 @@ def make_videos(engine: Engine, args: argparse.Namespace, folder: Path) -> Itera
         n = args.latents[-1]
         yield make(engine, f"switches-{n}", timeline(engine, n, args.switches + 1), folder)
     if args.long:
-        for name in ("absolute", "endless"):
-            one = with_endless(engine, name == "endless")
+        for name, endless in (("absolute", "false"), ("endless", "true")):
+            one = under([f"model_kwargs.use_infinite_attention={endless}"])
             yield make(one, f"{name}-{args.long}", timeline(one, args.long), folder)
+    for number, (latents, *settings) in enumerate(args.also, 1):
+        one = under(settings)
+        print(f"also-{number}-{latents}: {' '.join(settings)}", flush=True)
+        yield make(one, f"also-{number}-{latents}", timeline(one, int(latents)), folder)
 
 
-def hold_against_roofline(engine: Engine, size: str, steady: Video, switching: Video | None) -> dict[str, Any] | None:
+def hold_against_roofline(engine: Engine, args: argparse.Namespace, steady: Video,
+                          switching: Video | None) -> dict[str, Any] | None:
     config, device = engine.config, engine.device
-    if config.window is None:
+    if config.window is None or not args.roofline:
         return None
-    operations = operations_of_a_block(config, size)
+    operations = operations_of_a_block(config, args.size)
     seconds = roofline.time_all(operations, device, pick_dtype(config.dtype, device),
-                                0.2 if device.type == "cuda" else 0.02)
+                                args.roofline if device.type == "cuda" else args.roofline / 10)
     measured = steady.stages | {"block": steady.block}
     if switching is not None:
         measured["re-cache"] = switching.stages.get("re-cache")
@@ -91,15 +106,15 @@ def hold_against_roofline(engine: Engine, size: str, steady: Video, switching: V
 
 def run(config: Config, args: argparse.Namespace, overrides: list[str], folder: Path) -> Iterator[dict[str, Any]]:
     """The whole benchmark. Yields the results so far, for JSON, after each part; whole after the last one."""
-    results: dict[str, Any] = {"config": config.to_dict(), "python": platform.python_version()}
+    results: dict[str, Any] = {"config": config.to_dict(), "python": platform.python_version(), "also": args.also}
     results["first_frame"], results["at_once"] = first_frame_and_at_once(args, overrides)
     engine = random_engine(config, args.size)
     gpu = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     results["title"] = (f"{gpu}, torch {torch.__version__}, {config.height}×{config.width}, {args.size} size, "
-                        f"precision {args.precision}, decoder {config.vae}")
+                        f"precision {args.precision}, decoder {config.vae}, {engine.attention}")
     yield results
     videos: dict[str, Video] = {}
-    for video in make_videos(engine, args, folder):
+    for video in make_videos(engine, args, overrides, folder):
         print(f"{video.name}: {video.frames_per_second} frames/s", flush=True)
         videos[video.name] = video
         results["videos"] = [asdict(video) for video in videos.values()]
@@ -113,7 +128,7 @@ def run(config: Config, args: argparse.Namespace, overrides: list[str], folder: 
     results["waiting"] = gpu_use.check_no_waiting(engine)
     results["busy"] = gpu_use.busy_share(engine, BUSY_BLOCKS, folder)
     yield results
-    results["roofline"] = hold_against_roofline(engine, args.size, steady, switching)
+    results["roofline"] = hold_against_roofline(engine, args, steady, switching)
     yield results
 
 
@@ -125,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.draw:
         return draw(json.loads(args.draw.read_text("utf-8")), args.draw.with_suffix(".png"))
+    if args.compare:
+        return print(report.side_by_side({file.stem: json.loads(file.read_text("utf-8")) for file in args.compare}))
     overrides = [*RESOLUTIONS[args.size], *PRECISIONS[args.precision], *DECODERS[args.decoder], *args.overrides]
     config = load_config(None, overrides)
     with tempfile.TemporaryDirectory(prefix="longlive-benchmark-") as folder:

@@ -142,6 +142,7 @@ def test_busy_time_counts_what_overlaps_once():
               {"cat": "cuda_runtime", "name": "launch", "ts": 0.0, "dur": 1000.0}, {"ph": "M"}]
     use = gpu_use.summarise(events, wall=0.001, blocks=2)
     assert use["busy"] == pytest.approx(0.85) and use["kernels_per_block"] == 1.5
+    assert (use["long_gaps_per_block"], use["long_gaps_ms_per_block"]) == (0.5, 0.07)  # of the 0.15 ms before the copy
     assert [(kernel["name"], kernel["calls_per_block"]) for kernel in use["top"]] == [("a", 1), ("b", 0.5)]
     assert gpu_use.summarise([{"cat": "cpu_op", "ts": 0, "dur": 1}], 1.0, 1) is None
 
@@ -155,11 +156,12 @@ def test_tiny_decoder_stands_in_for_the_vae(tmp_path):
 
 def test_whole_run(tmp_path, capsys):
     file = tmp_path / "results.json"
-    benchmark.main(["--size", "toy", "height=32", "width=48", "model_kwargs.local_attn_size=6", "--latents", "9",
-                    "--switches", "1", "--long", "12", "--cold", "1", "--gpus", "2", "--json", str(file),
-                    "denoising_step_list=[1000]", "device=cpu"])
+    benchmark.main(["--size", "toy", "height=32", "width=48", "model_kwargs.local_attn_size=6", "device=cpu",
+                    "denoising_step_list=[1000]", "--latents", "9", "--switches", "1", "--long", "12", "--cold", "1",
+                    "--gpus", "2", "--json", str(file),
+                    "--also", "9", "height=48", "vae=taehv", "vae_ckpt=random", "--also", "9", "width=32"])
     results = json.loads(file.read_text("utf-8"))
-    names = ["first", "single-9", "switches-9", "absolute-12", "endless-12"]
+    names = ["first", "single-9", "switches-9", "absolute-12", "endless-12", "also-1-9", "also-2-9"]
     assert [video["name"] for video in results["videos"]] == names
     for video in results["videos"]:
         assert video["frames"] == 4 * video["latents"] - 3 and len(video["block_series"]) == video["latents"] // 3
@@ -167,12 +169,22 @@ def test_whole_run(tmp_path, capsys):
     assert results["videos"][2]["switch_to_frame"] > 0 and results["videos"][2]["stages"]["re-cache"] > 0
     assert results["first_frame"]["warm_ms"] > 0 and results["first_frame"]["cold"][0]["seconds"] > 0
     assert results["at_once"]["processes"] == 2 and len(results["at_once"]["videos"]) == 2
+    assert "attention" in results["title"] or "math" in results["title"]  # by which back end
     assert results["config"]["height"] == 32 and results["busy"] is None
     for stage in ("denoise", "clean pass", "decode", "re-cache", "block"):
         assert results["roofline"]["stages"][stage]["fraction"] > 0, stage
     assert {"gemm", "attention", "conv"} == set(results["roofline"]["kinds"])
     printed = capsys.readouterr().out
     assert "no GPU" in printed and all(name in printed for name in names)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"title": "a run"}))  # that was stopped before its first video
+    benchmark.main(["--compare", str(file), str(other)])
+    printed = capsys.readouterr().out
+    assert "other: a run (it did not end)" in printed
+    rows = dict(line.rsplit(maxsplit=1) for line in printed.splitlines()[3:])
+    assert float(rows["decode, ms"]) > 0 and float(rows["share of the roofline, block"]) > 0
+    assert float(rows["height=48 vae=taehv vae_ckpt=random: frames/s"]) > 0 and float(rows["width=32: block, ms"]) > 0
+    assert rows["GPU busy, %"] == "-" and float(rows["re-cache, ms"]) > 0
 
 
 def test_picture_of_saved_results(tmp_path):

@@ -104,6 +104,11 @@ def test_what_is_fused_with_quantising():
     norm.weight.data, norm.bias.data = draw(64), draw(64)
     got = fp8.modulate_quantise(x, norm.bias[None, None, None], norm.weight[None, None, None] - 1, 1e-6)
     assert relative(as_float(got), norm(x).flatten(1, 2)) < 0.03
+    y, gate = draw(2, 3, 5, 64), draw(2, 3, 1, 64)
+    for some_gate, expected in ((gate, x + gate * y), (None, x + y)):
+        total, rows = fp8.add_modulate_quantise(x, some_gate, y, shift, scale, 1e-6)
+        assert relative(total, expected) < 1e-6
+        assert relative(as_float(rows), as_float(fp8.modulate_quantise(expected, shift, scale, 1e-6))) < 0.004
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from torch.nn.attention import SDPBackend
 
 from demo.random_checkpoint import SIZES, randomise
 from scripts.benchmark import RESOLUTIONS
@@ -12,7 +14,8 @@ from tests.parity import run
 from utils.checkpoint import fill
 from utils.config import load_config
 from wan import kernels
-from wan.attention import attention, fastest
+from wan.attention import BACKENDS, attention, chosen, fastest
+from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_plain, conv3d_triton
 from wan.model import CausalWan
 from wan.rope import RotaryEmbedding
 from wan.vae import WanVAE
@@ -49,7 +52,15 @@ def test_modulate_and_gate(dtype, batch, frames, tokens, dim):
     got = kernels.modulate(x, shift, scale, 1e-6)
     assert relative(got, kernels.modulate_plain(*as_double[:3], 1e-6)) < TOLERANCE[dtype]
     got = kernels.gated(x, gate, y)
-    assert relative(got, kernels.gated_plain(as_double[0], as_double[3], as_double[4])) < TOLERANCE[dtype]
+    total = kernels.gated_plain(as_double[0], as_double[3], as_double[4])
+    assert relative(got, total) < TOLERANCE[dtype]
+    weight, bias = draw(dim, dtype=dtype), draw(dim, dtype=dtype)
+    got, normed = kernels.gated_norm(x, gate, y, weight, bias, 1e-6)
+    assert relative(got, total) < TOLERANCE[dtype]
+    assert relative(normed, F.layer_norm(got.double(), (dim,), weight.double(), bias.double(), 1e-6)) < TOLERANCE[dtype]
+    got, normed = kernels.add_modulate(x, y, shift, scale, 1e-6)
+    assert relative(got, as_double[0] + as_double[4]) < TOLERANCE[dtype]
+    assert relative(normed, kernels.modulate_plain(got.double(), *as_double[1:3], 1e-6)) < TOLERANCE[dtype]
 
 
 @DTYPES
@@ -101,6 +112,24 @@ def test_convolution_of_twice(dtype, shape, out, monkeypatch):
     assert relative(got, expected) < TOLERANCE[dtype]
 
 
+NEW = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@pytest.mark.parametrize("way", [conv3d, conv3d_of_pairs,
+                                 pytest.param(conv3d_triton, marks=pytest.mark.skipif(not NEW, reason="no Hopper"))])
+@pytest.mark.parametrize("shape,out", [((1, 6, 60, 832, 96), 96), ((2, 3, 7, 70, 32), 40), ((1, 4, 9, 130, 64), 3)])
+def test_every_way_of_a_convolution(way, shape, out):
+    x, weight, bias = (draw(*size, dtype=torch.bfloat16) for size in (shape, (out, shape[-1], 3, 3, 3), (out,)))
+    skip = draw(shape[0], shape[1] - 2, *shape[2:4], out, dtype=torch.bfloat16)
+    x[..., :3] += 2  # a border that is not zero would show
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    expected = conv3d_plain(x.double(), weight.double(), bias.double())
+    assert relative(way(x, weight, None), expected - bias) < TOLERANCE[torch.bfloat16]
+    assert relative(way(x, weight, bias), expected) < 2 * TOLERANCE[torch.bfloat16]  # cuDNN's sum is rounded before
+    if out % 8 == 0:
+        assert relative(way(x, weight, bias, skip), expected + skip) < 2 * TOLERANCE[torch.bfloat16]
+
+
 def test_zeros_stay_zeros():
     x, gamma = torch.zeros(1, 2, 3, 3, 16, device="cuda"), draw(16)
     out = torch.full_like(x, 7)
@@ -115,6 +144,16 @@ def test_attention(keys):
         got = attention(*(t.bfloat16() for t in (q, k, v)))
     weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(128**0.5).softmax(-1)
     assert relative(got, torch.einsum("bhqk,bkhd->bqhd", weights, v)) < 1e-2
+
+
+def test_the_first_back_end_that_can_is_taken_and_told(monkeypatch):
+    kind = (torch.device("cuda"), torch.bfloat16, 128)
+    names = {backend.name.lower().replace("_", " ") for backend in BACKENDS}
+    assert chosen(*kind) in names
+    monkeypatch.setattr("wan.attention.BACKENDS", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+    assert chosen(*kind) == "math"
+    monkeypatch.setattr("wan.attention.BACKENDS", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+    assert chosen(torch.device("cuda"), torch.float32, 128) == "math"  # which flash attention does not take
 
 
 @DTYPES

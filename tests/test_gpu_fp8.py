@@ -68,9 +68,13 @@ def test_modulate(dtype, batch, frames, tokens, dim):
     shift, scale, *_ = e.split(1, dim=2)
     assert_same_rows(fp8.modulate_quantise(x, shift, scale, 1e-6),
                      fp8.modulate_quantise_plain(x, shift, scale, 1e-6))
-    shift, scale = torch.randn(2, 1, 1, 1, dim, device=CUDA)
-    assert_same_rows(fp8.modulate_quantise(x, shift, scale, 1e-6),
-                     fp8.modulate_quantise_plain(x, shift, scale, 1e-6))
+    same = torch.randn(2, 1, 1, 1, dim, device=CUDA)
+    assert_same_rows(fp8.modulate_quantise(x, *same, 1e-6), fp8.modulate_quantise_plain(x, *same, 1e-6))
+    y, gate = draw(batch, frames, tokens, dim, dtype=dtype), e[:, :, 2:3]
+    for given in ((x, gate, y, *same), (x, None, y, shift, scale)):
+        total, rows = fp8.add_modulate_quantise(*given, 1e-6)
+        assert relative(total, fp8.add_modulate_quantise_plain(*given, 1e-6)[0]) < ROUNDING
+        assert_same_rows(rows, fp8.modulate_quantise_plain(total, *given[3:], 1e-6))
 
 
 @pytest.mark.parametrize("rows,inputs,outputs", [(4680, 1536, 4608), (4680, 8960, 1536), (14, 64, 96), (1, 32, 32)])

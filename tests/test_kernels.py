@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from wan import kernels
+from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_plain
 
 SHAPES = [(1, 4, 14, 24, 8), (2, 3, 5, 7, 12), (1, 1, 2, 1, 3)]  # frames [B, T, H, W, C]
 
@@ -46,6 +47,27 @@ def test_convolution_of_twice_the_rows_and_columns(batch, height, width, channel
     got = kernels.conv2d_of_twice(x, weight, bias)
     assert got.shape == (batch, 2 * height, 2 * width, out)
     assert_close(got, kernels.conv2d_of_twice_plain(x, weight, bias))
+
+
+@pytest.mark.parametrize("way", [conv3d, conv3d_plain, conv3d_of_pairs])
+def test_every_way_of_a_convolution_is_the_same(way):
+    x, weight, bias, skip = draw(2, 4, 5, 6, 8), draw(3, 8, 3, 3, 3), draw(3), draw(2, 2, 5, 6, 3)
+    expected = torch.nn.functional.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, padding=(0, 1, 1))
+    expected = expected.permute(0, 2, 3, 4, 1)
+    assert_close(way(x, weight, bias), expected)
+    assert_close(way(x, weight, None), expected - bias)
+    assert_close(way(x, weight, bias, skip), expected + skip)
+
+
+def test_sums_and_their_norms_are_those_of_the_parts():
+    x, y, gate, scale, shift = (draw(2, 3, 5, 16), draw(2, 3, 5, 16).flip(0), *draw(2, 3, 3, 16).split(1, 2))
+    weight, bias = draw(16), draw(16).flip(0)
+    total, normed = kernels.gated_norm(x, gate, y, weight, bias, 1e-6)
+    assert_close(total, x + gate * y)
+    assert_close(normed, torch.nn.functional.layer_norm(x + gate * y, (16,), weight, bias, 1e-6))
+    total, normed = kernels.add_modulate(x, y, shift, scale, 1e-6)
+    assert_close(total, x + y)
+    assert_close(normed, kernels.modulate_plain(x + y, shift, scale, 1e-6))
 
 
 def test_linear_and_gelu():

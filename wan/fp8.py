@@ -5,7 +5,16 @@ from torch import Tensor, nn
 
 from wan.fp8_cache import QuantisedKVCache
 from wan.kernels import gated
-from wan.kernels.fp8 import Rows, attention, gelu_quantise, linear, modulate_quantise, quantise, rms_rope_quantise
+from wan.kernels.fp8 import (
+    Rows,
+    add_modulate_quantise,
+    attention,
+    gelu_quantise,
+    linear,
+    modulate_quantise,
+    quantise,
+    rms_rope_quantise,
+)
 from wan.model import Block, CausalWan, SelfAttention
 
 
@@ -74,11 +83,10 @@ class Fp8Block(nn.Module):
         """x [B, F, L, dim], e0 [B, F, 6, dim] → [B, F, L, dim]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + e0).split(1, dim=2)
         y = self.self_attn(modulate_quantise(x, shift1, scale1, self.eps), turns, cache, layer)
-        x = gated(x, gate1, y.view_as(x))
-        y = self.cross_attn(modulate_quantise(x, self.shift3, self.scale3, self.eps), text)
-        x = x + y.view_as(x)
-        y = self.narrow(gelu_quantise(self.wide(modulate_quantise(x, shift2, scale2, self.eps))))
-        return gated(x, gate2, y.view_as(x))
+        x, y = add_modulate_quantise(x, gate1, y.view_as(x), self.shift3, self.scale3, self.eps)
+        y = self.cross_attn(y, text)
+        x, y = add_modulate_quantise(x, None, y.view_as(x), shift2, scale2, self.eps)
+        return gated(x, gate2, self.narrow(gelu_quantise(self.wide(y))).view_as(x))
 
 
 def to_fp8(model: CausalWan, device: torch.device) -> CausalWan:

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.attention import attention, fastest
-from wan.kernels import gated, linear_gelu, modulate, rms_rope
+from wan.kernels import add_modulate, gated, gated_norm, linear_gelu, modulate, rms_rope
 from wan.kv_cache import KVCache
 from wan.rope import RotaryEmbedding
 
@@ -106,11 +106,11 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + e0).split(1, dim=2)
         frames = x.shape[1]
         y = self.self_attn(modulate(x, shift1, scale1, self.eps).flatten(1, 2), turns, cache, layer)
-        x = gated(x, gate1, y.unflatten(1, (frames, -1)))
-        x = x + self.cross_attn(self.norm3(x).flatten(1, 2), text).unflatten(1, (frames, -1))
+        x, y = gated_norm(x, gate1, y.unflatten(1, (frames, -1)), self.norm3.weight, self.norm3.bias, self.eps)
+        y = self.cross_attn(y.flatten(1, 2), text)
+        x, y = add_modulate(x, y.unflatten(1, (frames, -1)), shift2, scale2, self.eps)
         wide, narrow = self.ffn[0], self.ffn[2]
-        y = narrow(linear_gelu(modulate(x, shift2, scale2, self.eps), wide.weight, wide.bias))
-        return gated(x, gate2, y)
+        return gated(x, gate2, narrow(linear_gelu(y, wide.weight, wide.bias)))
 
 
 class Head(nn.Module):

@@ -4,9 +4,11 @@ from diffusers import AutoencoderKLWan
 from einops import rearrange
 from torch import Tensor, nn
 
-from wan.kernels import EPS, add_bias, conv2d_of_twice, conv3d, norm_silu
+from wan.kernels import EPS, conv2d_of_twice, norm_silu
+from wan.kernels.conv import conv3d
 
 HISTORY = 2  # frames that a causal convolution sees of the past
+TOGETHER = 1  # up-blocks that take all latents of a call at once; one latent fills a GPU, and the memory, after those
 
 
 class WanVAE:
@@ -74,27 +76,41 @@ class WanStream:
         the start of the video."""
         x = latents.permute(0, 1, 3, 4, 2).to(self.mean.dtype) * self.std + self.mean
         x = conv3d(x, self.to_decoder.weight, self.to_decoder.bias)
-        frames = torch.cat([self._decode(latent) for latent in x.split(1, dim=1)], 1)
+        # The first latent of a video is decoded by itself, as it becomes one frame.
+        parts = [x] if self.started else x.tensor_split([1], dim=1)
+        frames = torch.cat([self._decode(part) for part in parts if part.shape[1]], 1)
         return rearrange(frames.clamp(-1, 1), "b t h w (c q p) -> b t c (h p) (w q)", p=self.patch, q=self.patch)
 
     def _decode(self, x: Tensor) -> Tensor:
-        """One latent [B, 1, h, w, C] → its frames [B, 1 or 4, H, W, 3]."""
-        decoder = self.decoder
+        """Latents [B, F, h, w, C] → their frames [B, 4F, H, W, 3], or the first latent [B, 1, h, w, C] → one."""
+        latents, decoder = x.shape[1], self.decoder
         x = self._causal(decoder.conv_in, x)
         x = self._residual(decoder.mid_block.resnets[0], x)
         for attention, resnet in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
             x = self._residual(resnet, self._attention(attention, x))
-        for block in decoder.up_blocks:
-            for resnet in block.resnets:
-                x = self._residual(resnet, x)
-            for upsampler in block.upsamplers or []:
-                x = self._upsample(upsampler, x)
+        for block in decoder.up_blocks[:TOGETHER]:
+            x = self._up(block, x)
+        frames = torch.cat([self._finish(latent) for latent in x.chunk(latents, dim=1)], 1)
         self.started = True
-        return self._causal(decoder.conv_out, x, decoder.norm_out)
+        return frames
+
+    def _finish(self, x: Tensor) -> Tensor:
+        """The frames of one latent, from what the first up-blocks made of it."""
+        for block in self.decoder.up_blocks[TOGETHER:]:
+            x = self._up(block, x)
+        return self._causal(self.decoder.conv_out, x, self.decoder.norm_out)
+
+    def _up(self, block: nn.Module, x: Tensor) -> Tensor:
+        for resnet in block.resnets:
+            x = self._residual(resnet, x)
+        for upsampler in block.upsamplers or []:
+            x = self._upsample(upsampler, x)
+        return x
 
     def _causal(self, conv: nn.Conv3d, x: Tensor, norm: nn.Module | None = None, bias_before: Tensor | None = None,
-                add_own_bias: bool = True) -> Tensor:
-        """Convolves x, of which first SiLU(norm(x + bias_before)) where a norm is given, with what came before it."""
+                add_own_bias: bool = True, skip: Tensor | None = None) -> Tensor:
+        """Convolves x, of which first SiLU(norm(x + bias_before)) where a norm is given, with what came before it;
+        skip is added to the result."""
         batch, frames, *rest = x.shape
         whole = x.new_empty(batch, HISTORY + frames, *rest)
         whole[:, :HISTORY] = self.history.get(conv, 0)
@@ -103,14 +119,13 @@ class WanStream:
         else:
             norm_silu(x, norm.gamma.flatten(), bias_before, out=whole[:, HISTORY:])
         self.history[conv] = whole[:, -HISTORY:].clone()
-        return conv3d(whole, conv.weight, conv.bias if add_own_bias else None)
+        return conv3d(whole, conv.weight, conv.bias if add_own_bias else None, skip)
 
     def _residual(self, block: nn.Module, x: Tensor) -> Tensor:
-        """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))); each convolution's bias is added by the pass after it."""
+        """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))); the first convolution's bias is added by the pass after it."""
         h = self._causal(block.conv1, x, block.norm1, add_own_bias=False)
-        h = self._causal(block.conv2, h, block.norm2, bias_before=block.conv1.bias, add_own_bias=False)
         skip = x if isinstance(block.conv_shortcut, nn.Identity) else _pointwise(block.conv_shortcut, x)
-        return add_bias(h, block.conv2.bias, skip)
+        return self._causal(block.conv2, h, block.norm2, bias_before=block.conv1.bias, skip=skip)
 
     def _attention(self, block: nn.Module, x: Tensor) -> Tensor:
         """x + attention of one head among the positions of each frame."""

@@ -14,6 +14,7 @@ from pipeline.engine import Engine
 from pipeline.session import Session
 from utils.video import Mp4Writer
 
+LONG_GAP = 0.1  # ms without a kernel that are more than the step from one to the next
 ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}  # categories of a Chrome trace
 TOP = 25  # kernels that are listed
 
@@ -27,13 +28,24 @@ def union(intervals: Iterable[tuple[float, float]]) -> float:
     return covered
 
 
+def long_gaps(intervals: Iterable[tuple[float, float]], longer_than: float) -> list[float]:
+    """The lengths of the pauses longer than that between intervals (start, end)."""
+    gaps, reached = [], None
+    for start, end in sorted(intervals):
+        if reached is not None and start - reached > longer_than:
+            gaps.append(start - reached)
+        reached = max(end, reached or end)
+    return gaps
+
+
 def summarise(events: list[dict], wall: float, blocks: int) -> dict[str, Any] | None:
     """The share of `wall` seconds in which a kernel or a copy ran, and which took most. events: of a Chrome trace,
     times in µs, of `blocks` blocks. None where no kernel is among them."""
     events = [event for event in events if event.get("cat") in ON_GPU]
     if not events:
         return None
-    busy = union((event["ts"], event["ts"] + event["dur"]) for event in events) / 1e6
+    intervals = [(event["ts"], event["ts"] + event["dur"]) for event in events]
+    busy, gaps = union(intervals) / 1e6, long_gaps(intervals, 1000 * LONG_GAP)
     taken: dict[str, list[float]] = defaultdict(list)
     for event in events:
         taken[event["name"]].append(event["dur"] / 1000)
@@ -42,6 +54,8 @@ def summarise(events: list[dict], wall: float, blocks: int) -> dict[str, Any] | 
     return {
         "busy": round(busy / wall, 4), "blocks": blocks, "wall_ms_per_block": round(1000 * wall / blocks, 2),
         "busy_ms_per_block": round(1000 * busy / blocks, 2), "kernels_per_block": round(len(events) / blocks, 1),
+        "long_gaps_per_block": round(len(gaps) / blocks, 1),
+        "long_gaps_ms_per_block": round(sum(gaps) / 1000 / blocks, 2),
         "top": [{"name": name, "ms_per_block": round(sum(times) / blocks, 3), "calls_per_block": len(times) / blocks,
                  "share": round(sum(times) / total, 4)} for name, times in top],
     }

@@ -21,7 +21,7 @@ from scripts.benchmarking.random_engine import meta_engine
 from utils.config import Config
 from utils.timing import Stopwatch
 from wan.attention import attention
-from wan.kernels import conv3d
+from wan.kernels.conv import conv3d
 
 Draw = Callable[..., Tensor]  # sizes → random values on the device and in the dtype that are measured
 Ways = dict[str, Callable[[], Tensor]]  # an operation on random values, in each form in which it could be done

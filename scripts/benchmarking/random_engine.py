@@ -1,7 +1,6 @@
 """Engines of the real shapes with random weights: speed and memory do not depend on the values."""
 
 import copy
-import dataclasses
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -48,11 +47,17 @@ class WeightlessEngine(Engine):
         return self._load_text()
 
 
-def _empty(config: Config, sizes: Sizes) -> tuple[CausalWan, AutoencoderKLWan | TinyDecoder]:
+def _empty(config: Config, sizes: Sizes | str) -> tuple[CausalWan, AutoencoderKLWan | TinyDecoder]:
     """Generator and decoder on the meta device."""
+    sizes = SIZES[sizes] if isinstance(sizes, str) else sizes
     with torch.device("meta"):
         decoder = TinyDecoder(*TAEW2_1) if config.vae == "taehv" else AutoencoderKLWan.from_config(sizes.vae)
         return CausalWan(sizes.generator), decoder
+
+
+def _drawn(model: nn.Module, dtype: torch.dtype, random: torch.Generator) -> nn.Module:
+    """A model of the meta device, with weights."""
+    return fill(model, randomise(model, str(random.device), random), "random weights", dtype)
 
 
 def _as_decoder(model: nn.Module) -> WanVAE | TinyDecoder:
@@ -69,8 +74,7 @@ def random_engine(config: Config, sizes: Sizes | str) -> Engine:
     dtype = pick_dtype(config.dtype, device)
     check_precision(config.precision, device)
     random = torch.Generator(device).manual_seed(0)
-    models = _empty(config, SIZES[sizes] if isinstance(sizes, str) else sizes)
-    generator, decoder = (fill(m, randomise(m, str(device), random), "random weights", dtype) for m in models)
+    generator, decoder = (_drawn(model, dtype, random) for model in _empty(config, sizes))
     generator = in_precision(generator, config.precision, device)
     return WeightlessEngine(config, generator, _as_decoder(decoder), device)
 
@@ -78,15 +82,17 @@ def random_engine(config: Config, sizes: Sizes | str) -> Engine:
 def meta_engine(config: Config, sizes: Sizes | str) -> Engine:
     """An engine that has shapes and no values. Whatever it is asked for it makes in no time, by the plain version of
     every fused operation."""
-    models = _empty(config, SIZES[sizes] if isinstance(sizes, str) else sizes)
     # Not float32, for which some operations take a path of the CPU's.
-    generator, decoder = (m.bfloat16().eval().requires_grad_(False) for m in models)
+    generator, decoder = (model.bfloat16().eval().requires_grad_(False) for model in _empty(config, sizes))
     return WeightlessEngine(config, generator, _as_decoder(decoder), torch.device("meta"))
 
 
-def with_endless(engine: Engine, endless: bool) -> Engine:
-    """The same weights, with or without `use_infinite_attention`."""
+def with_config(engine: Engine, config: Config, sizes: Sizes | str) -> Engine:
+    """The same weights under another config. A decoder of another kind is drawn; dtype and precision stay."""
     other = copy.copy(engine)
-    kwargs = dataclasses.replace(engine.config.model_kwargs, use_infinite_attention=endless)
-    other.config = dataclasses.replace(engine.config, model_kwargs=kwargs)
+    other.config = config
+    if config.vae != engine.config.vae:
+        random = torch.Generator(engine.device).manual_seed(0)
+        decoder = _drawn(_empty(config, sizes)[1], pick_dtype(config.dtype, engine.device), random)
+        other.decoder = _as_decoder(decoder)
     return other

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from scripts.benchmarking.gpu_use import LONG_GAP
+
 ROWS = ["latents", "frames", "frames_per_second", "block", "denoise", "clean pass", "decode", "re-cache", "encode",
         "first_frame", "switch_to_frame", "flatness", "peak_gpu_gib", "peak_gpu_growth_mib", "host_gib",
         "host_growth_mib"]
-NO_ROOFLINE = "no roofline: model_kwargs.local_attn_size=-1 keeps everything, so no block costs what the last one did"
+NO_ROOFLINE = "no roofline: --roofline 0, or local_attn_size=-1, where no block costs what the last one did"
 NO_BUSY = "no GPU, or the profiler saw no kernels on it: its busy share is left out"
 
 
@@ -34,7 +36,8 @@ def _roofline(roofline: dict[str, Any]) -> list[str]:
 
 def _busy(busy: dict[str, Any]) -> list[str]:
     lines = [f"GPU busy {100 * busy['busy']:.1f} % of {busy['blocks']} steady blocks, {busy['kernels_per_block']:.0f} "
-             f"kernels and copies a block; most time:"]
+             f"kernels and copies a block; pauses of more than {LONG_GAP} ms: {busy['long_gaps_per_block']} a block, "
+             f"{busy['long_gaps_ms_per_block']} ms together; most time:"]
     return lines + [f"{kernel['ms_per_block']:10.2f} ms {100 * kernel['share']:5.1f} % "
                     f"{kernel['calls_per_block']:8.1f}x  {kernel['name'][:84]}" for kernel in busy["top"][:10]]
 
@@ -53,4 +56,45 @@ def text(results: dict[str, Any]) -> str:
         each = ", ".join(f"{video['frames_per_second']}" for video in at_once["videos"])
         lines.append(f"{at_once['processes']} processes at once: {at_once['frames_per_second']} frames/s together "
                      f"(each: {each})")
+    return "\n".join(lines)
+
+
+def _summary(results: dict[str, Any]) -> dict[str, Any]:
+    """What counts of a whole run."""
+    videos = {video["name"]: video for video in results["videos"]}
+    steady, stages = videos[results["steady"]], {}
+    for video in (*videos.values(), steady):
+        stages |= video["stages"]  # a re-cache is another video's
+    cold, roofline, busy = results["first_frame"]["cold"], results["roofline"], results["busy"]
+    also = {}
+    for number, (latents, *settings) in enumerate(results["also"], 1):
+        video, name = videos.pop(f"also-{number}-{latents}"), " ".join(settings)
+        also |= {f"{name}: frames/s": video["frames_per_second"], f"{name}: block, ms": video["block"],
+                 f"{name}: decode, ms": video["stages"]["decode"], f"{name}: peak, GiB": video["peak_gpu_gib"],
+                 f"{name}: last blocks to latent 30": video["flatness"]}
+    return {
+        "latents": steady["latents"], "frames/s end to end": steady["frames_per_second"], "block, ms": steady["block"],
+        "denoising and clean pass, ms": stages["denoise"] + stages.get("clean pass", 0.0),
+        "decode, ms": stages["decode"], "re-cache, ms": stages.get("re-cache"),
+        "switch to first frame, ms": results["switch_to_frame_ms"],
+        "first frame, fresh process, s": min((one["seconds"] for one in cold), default=None),
+        "first frame, second video, ms": results["first_frame"]["warm_ms"],
+        "peak GPU memory, GiB": max(video["peak_gpu_gib"] for video in videos.values()),
+        **{f"{name}: last blocks to latent 30": video["flatness"] for name, video in videos.items()
+           if video["flatness"] is not None},
+        "GPU busy, %": busy and 100 * busy["busy"],
+        "share of the roofline, block": roofline and roofline["stages"]["block"]["fraction"],
+        **{row: value for row, value in also.items() if value is not None},
+    }
+
+
+def side_by_side(runs: dict[str, dict[str, Any]]) -> str:
+    """What counts of several runs, a column for each. runs: {name: what is saved as JSON}; one that did not end is left
+    out."""
+    columns = {name: _summary(results) for name, results in runs.items() if "roofline" in results}
+    lines = [f"{name}: {runs[name].get('title', 'it did not begin')}{'' if name in columns else ' (it did not end)'}"
+             for name in runs]
+    lines.append(f"{'':64}" + "".join(f"{name:>14}" for name in columns))
+    for row in dict.fromkeys(row for summary in columns.values() for row in summary):
+        lines.append(f"{row:64}" + "".join(f"{_number(summary.get(row)):>14}" for summary in columns.values()))
     return "\n".join(lines)

@@ -20,7 +20,8 @@ def _no_gradient(inputs: tuple[Tensor, ...]) -> bool:
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs))
 
 
-def _fused(*inputs: Tensor) -> bool:
+def fused(*inputs: Tensor) -> bool:
+    """Whether Triton kernels take these."""
     return inputs[0].is_cuda and HAS_TRITON and _no_gradient(inputs)
 
 
@@ -30,7 +31,7 @@ def _on_cpu(*inputs: Tensor) -> bool:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm without weights, then x·(1+scale)+shift. x [B, F, L, dim], shift and scale [B, F, 1, dim]."""
-    if _fused(x, shift, scale):
+    if fused(x, shift, scale):
         from wan.kernels import triton_wan  # not before: Triton needs a GPU driver
 
         return triton_wan.modulate(x, shift, scale, eps)
@@ -43,7 +44,7 @@ def modulate_plain(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
 
 def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate·y. x and y [B, F, L, dim], gate [B, F, 1, dim]."""
-    if _fused(x, gate, y):
+    if fused(x, gate, y):
         from wan.kernels import triton_wan
 
         return triton_wan.gated(x, gate, y)
@@ -54,9 +55,38 @@ def gated_plain(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return torch.addcmul(x, gate, y)
 
 
+def gated_norm(x: Tensor, gate: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + gate·y, and the LayerNorm of that. x and y [B, F, L, dim], gate [B, F, 1, dim], weight and bias [dim]."""
+    if fused(x, gate, y, weight):
+        from wan.kernels import triton_wan
+
+        return triton_wan.sum_norm(x, gate, y, bias, weight, eps)
+    return gated_norm_plain(x, gate, y, weight, bias, eps)
+
+
+def gated_norm_plain(x: Tensor, gate: Tensor, y: Tensor, weight: Tensor, bias: Tensor,
+                     eps: float) -> tuple[Tensor, Tensor]:
+    x = gated_plain(x, gate, y)
+    return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_modulate(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and `modulate` of that. x and y [B, F, L, dim], shift and scale [B, F, 1, dim]."""
+    if fused(x, y, shift, scale):
+        from wan.kernels import triton_wan
+
+        return triton_wan.sum_norm(x, None, y, shift, scale, eps)
+    return add_modulate_plain(x, y, shift, scale, eps)
+
+
+def add_modulate_plain(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x = x + y
+    return x, modulate_plain(x, shift, scale, eps)
+
+
 def rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
     """RMSNorm over the whole dim, then RoPE of each head. x [B, S, dim], turns [S, D/2] → [B, S, H, D]."""
-    if _fused(x, weight):
+    if fused(x, weight):
         from wan.kernels import triton_wan
 
         return triton_wan.rms_rope(x, weight, eps, turns)
@@ -69,7 +99,7 @@ def rms_rope_plain(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tens
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU(x·weightᵀ + bias), by tanh. x [..., C], weight [C', C] → [..., C']."""
-    if _fused(x, weight, bias):  # cuBLAS applies it before it writes the product
+    if fused(x, weight, bias):  # cuBLAS applies it before it writes the product
         return torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
     if _on_cpu(x, weight, bias):
         return cpu.linear_gelu(x, weight, bias)
@@ -85,7 +115,7 @@ def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, out: Tensor) -> Non
 
     x and out [..., W, C], contiguous; x may be overwritten where there is a bias; gamma and bias [C].
     """
-    if _fused(x, gamma):
+    if fused(x, gamma):
         from wan.kernels import triton_vae
 
         triton_vae.norm_silu(x, gamma, bias, out)
@@ -102,7 +132,7 @@ def norm_silu_plain(x: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
 
 def add_bias(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
     """x + bias + skip, x overwritten. x and skip [..., W, C], contiguous; bias [C]."""
-    if _fused(x, bias, skip):
+    if fused(x, bias, skip):
         from wan.kernels import triton_vae
 
         return triton_vae.add_bias(x, bias, skip)
@@ -117,7 +147,7 @@ def add_bias_plain(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
 
 def twice(x: Tensor) -> Tensor:
     """Every row and column twice. x [N, H, W, C], contiguous → [N, 2H, 2W, C]."""
-    if _fused(x):
+    if fused(x):
         from wan.kernels import triton_vae
 
         return triton_vae.twice(x)
@@ -132,7 +162,7 @@ def twice_plain(x: Tensor) -> Tensor:
 def conv2d_of_twice(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Convolution of `twice(x)`, padded with zeros. x [N, H, W, C], contiguous; weight [C', C, 3, 3], bias [C']
     → [N, 2H, 2W, C']."""
-    if _fused(x, weight, bias):
+    if fused(x, weight, bias):
         from wan.kernels import triton_vae
 
         return triton_vae.interleave(folded_conv2d(x, weight), bias)
@@ -163,21 +193,3 @@ def _fold(weight: Tensor, axis: int) -> Tensor:
 
 def conv2d_of_twice_plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(twice(x).permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1)
-
-
-def _is_fast(x: Tensor) -> bool:
-    """Whether PyTorch's own 3-D convolution is the fast one for x: not on a CPU with oneDNN, where it takes a loop of
-    its own, ten times as slow, for few channels (`use_mkldnn` in ATen's Convolution.cpp)."""
-    return x.is_cuda or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available()
-
-
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolution of x [B, T, H, W, C] with weight [C', C, kt, kh, kw] → [B, T−kt+1, H, W, C']; rows and columns are
-    padded with zeros, frames are not."""
-    kh, kw = weight.shape[-2:]
-    x, padding = x.permute(0, 4, 1, 2, 3), [0, kh // 2, kw // 2]
-    if _is_fast(x):
-        y = F.conv3d(x, weight, bias, padding=padding)
-    else:
-        y = torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, [1, 1, 1], [1, 1, 1], 1)
-    return y.permute(0, 2, 3, 4, 1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.kernels import modulate_plain, rms_rope_plain
+from wan.kernels import gated_plain, modulate_plain, rms_rope_plain
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448; beyond it a cast gives NaN
@@ -74,13 +74,31 @@ def gelu_quantise_plain(x: Tensor) -> Rows:
     return quantise_plain(F.gelu(x.float(), approximate="tanh"))
 
 
+def add_modulate_quantise(x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor,
+                          eps: float) -> tuple[Tensor, Rows]:
+    """x + gate·y, or x + y, and `modulate_quantise` of that. y as x, gate [B, F, 1, dim]."""
+    if x.is_cuda:
+        from wan.kernels import triton_fp8
+
+        x, *rows = triton_fp8.modulate_quantise(x, shift, scale, eps, y, gate)
+        return x, Rows(*rows)
+    return add_modulate_quantise_plain(x, gate, y, shift, scale, eps)
+
+
+def add_modulate_quantise_plain(x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor,
+                                eps: float) -> tuple[Tensor, Rows]:
+    x = x + y if gate is None else gated_plain(x, gate, y)
+    return x, modulate_quantise_plain(x, shift, scale, eps)
+
+
 def modulate_quantise(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Rows:
     """`wan.kernels.modulate`, then `quantise`. x [B, F, L, dim], shift and scale [B or 1, F or 1, 1, dim]
     → [B, F·L, dim]."""
     if x.is_cuda:
         from wan.kernels import triton_fp8
 
-        return Rows(*triton_fp8.modulate_quantise(x, shift, scale, eps))
+        _, *rows = triton_fp8.modulate_quantise(x, shift, scale, eps)
+        return Rows(*rows)
     return modulate_quantise_plain(x, shift, scale, eps)
 
 

@@ -37,12 +37,20 @@ def _quantise(x, out, scales, least, DIM: tl.constexpr, BLOCK: tl.constexpr, GEL
 
 
 @triton.jit
-def _modulate_quantise(x, shift, scale, out, scales, per_frame, frame_stride, eps, least, DIM: tl.constexpr,
-                       BLOCK: tl.constexpr):
+def _modulate_quantise(x, y, gate, sums, shift, scale, out, scales, per_frame, gate_stride, frame_stride, eps, least,
+                       DIM: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, IS_GATED: tl.constexpr):
+    """ADDS: first x + y, or x + gate·y, which goes to `sums`."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = channel < DIM
     value = tl.load(x + row * DIM + channel, mask, other=0.0).to(tl.float32)
+    if ADDS:
+        change = tl.load(y + row * DIM + channel, mask, other=0.0).to(tl.float32)
+        if IS_GATED:
+            change *= tl.load(gate + row // per_frame * gate_stride + channel, mask, other=0.0).to(tl.float32)
+        rounded = (value + change).to(sums.dtype.element_ty)
+        tl.store(sums + row * DIM + channel, rounded, mask)
+        value = rounded.to(tl.float32)
     mean = tl.sum(value, 0) / DIM
     centred = tl.where(mask, value - mean, 0.0)
     inverse = tl.rsqrt(tl.sum(centred * centred, 0) / DIM + eps)
@@ -127,13 +135,19 @@ def quantise(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-def modulate_quantise(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def modulate_quantise(x: Tensor, shift: Tensor, scale: Tensor, eps: float, y: Tensor | None = None,
+                      gate: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, or of x + y, or x + gate·y, which is returned first."""
     x, (batch, frames, tokens, dim) = x.contiguous(), x.shape
+    sums = x if y is None else torch.empty_like(x)
     out, scales = _empty_rows((batch, frames * tokens, dim), x.device)
-    stride = _frame_stride(shift, scale, batch * frames)
-    _modulate_quantise[(batch * frames * tokens,)](x, shift, scale, out, scales, tokens, stride, eps, LEAST,
-                                                   **_row_sizes(dim))
-    return out, scales
+    gate_stride = 0 if gate is None else _frame_stride(gate, gate, batch * frames)
+    _modulate_quantise[(batch * frames * tokens,)](
+        x, x if y is None else y.contiguous(), x if gate is None else gate, sums, shift, scale, out, scales, tokens,
+        gate_stride, _frame_stride(shift, scale, batch * frames), eps, LEAST, ADDS=y is not None,
+        IS_GATED=gate is not None, **_row_sizes(dim),
+    )
+    return sums, out, scales
 
 
 def rms_rope_quantise(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
-# Queries and keys of a tile, warps, stages of loads; by the major compute capability. Hopper and the Blackwell of data
-# centres hold large tiles; on others a larger one does not fit the registers.
-TILES = {9: (128, 128, 8, 3), 10: (128, 128, 8, 3), 8: (128, 32, 8, 3), 12: (128, 32, 8, 3)}
+# Queries and keys of a tile, warps, stages of loads, registers of a thread at most; by the major compute capability.
+# Hopper and the Blackwell of data centres hold large tiles; on others a larger one does not fit the registers.
+TILES = {9: (128, 128, 8, 3, None), 10: (128, 128, 8, 3, None), 8: (128, 32, 8, 3, None), 12: (128, 32, 8, 3, None)}
 
 
 @triton.jit
@@ -62,11 +62,12 @@ def _attention(queries_of, keys, values, query_scale, key_scale, value_scale, ou
 def attention(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor, value_scale: Tensor,
               dtype: torch.dtype) -> Tensor:
     batch, queries, heads, head_dim = q.shape
-    m, n, warps, stages = TILES.get(torch.cuda.get_device_capability(q.device)[0], TILES[12])
+    m, n, warps, stages, registers = TILES.get(torch.cuda.get_device_capability(q.device)[0], TILES[12])
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     _attention[(triton.cdiv(queries, m), batch * heads)](
         TensorDescriptor.from_tensor(q, [1, m, 1, head_dim]), TensorDescriptor.from_tensor(keys, [1, n, 1, head_dim]),
         TensorDescriptor.from_tensor(values, [1, 1, head_dim, n]), query_scale, key_scale, value_scale, out, queries,
         keys.shape[1], LOG2_E * head_dim**-0.5, H=heads, D=head_dim, M=m, N=n, num_warps=warps, num_stages=stages,
+        maxnreg=registers,
     )
     return out

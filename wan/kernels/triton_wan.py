@@ -33,6 +33,31 @@ def _gated(x, gate, y, out, per_frame, frame_stride, DIM: tl.constexpr, BLOCK: t
 
 
 @triton.jit
+def _sum_norm(x, gate, y, shift, scale, sums, out, per_frame, gate_stride, frame_stride, eps, DIM: tl.constexpr,
+              BLOCK: tl.constexpr, IS_GATED: tl.constexpr):
+    """IS_GATED: y times a gate, and LayerNorm with weights; else y as it is, and LayerNorm that is modulated."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    mask = channel < DIM
+    value = tl.load(x + row * DIM + channel, mask, other=0.0).to(tl.float32)
+    change = tl.load(y + row * DIM + channel, mask, other=0.0).to(tl.float32)
+    if IS_GATED:
+        change *= tl.load(gate + row // per_frame * gate_stride + channel, mask, other=0.0).to(tl.float32)
+    rounded = (value + change).to(sums.dtype.element_ty)
+    tl.store(sums + row * DIM + channel, rounded, mask)
+    value = rounded.to(tl.float32)
+    mean = tl.sum(value, 0) / DIM
+    centred = tl.where(mask, value - mean, 0.0)
+    inverse = tl.rsqrt(tl.sum(centred * centred, 0) / DIM + eps)
+    frame = row // per_frame * frame_stride + channel
+    factor = tl.load(scale + frame, mask, other=0.0).to(tl.float32)
+    if not IS_GATED:
+        factor += 1
+    value = centred * inverse * factor + tl.load(shift + frame, mask, other=0.0).to(tl.float32)
+    tl.store(out + row * DIM + channel, value.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
 def _rms_rope(x, weight, turns, out, tokens, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
@@ -67,6 +92,17 @@ def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     out = torch.empty_like(x)
     _gated[grid](x, gate, y, out, x.shape[2], _frame_stride(gate, gate), **sizes)
     return out
+
+
+def sum_norm(x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor,
+             eps: float) -> tuple[Tensor, Tensor]:
+    """With a gate shift and scale are [dim], LayerNorm's own; without one they modulate."""
+    x, y, (grid, sizes) = x.contiguous(), y.contiguous(), _grid(x)
+    sums, out = torch.empty_like(x), torch.empty_like(x)
+    strides = (0, _frame_stride(shift, scale)) if gate is None else (_frame_stride(gate, gate), 0)
+    _sum_norm[grid](x, x if gate is None else gate, y, shift, scale, sums, out, x.shape[2], *strides, eps,
+                    IS_GATED=gate is not None, **sizes)
+    return sums, out
 
 
 def rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
