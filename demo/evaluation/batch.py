@@ -40,13 +40,13 @@ class BatchStream(WanStream):
     """The decoder's stream, which normalises all videos of a batch by one kernel instead of one each."""
 
     def _causal(self, conv: nn.Conv3d, x: Tensor, norm: nn.Module | None = None, bias_before: Tensor | None = None,
-                add_own_bias: bool = True) -> Tensor:
+                add_own_bias: bool = True, skip: Tensor | None = None) -> Tensor:
         if norm is not None:
             x = x.contiguous()
             normed = torch.empty_like(x)
             norm_silu(x.flatten(0, 1)[None], norm.gamma.flatten(), bias_before, out=normed.flatten(0, 1)[None])
             x = normed
-        return super()._causal(conv, x, add_own_bias=add_own_bias)
+        return super()._causal(conv, x, add_own_bias=add_own_bias, skip=skip)
 
 
 class BatchSession(Session):
