@@ -26,6 +26,7 @@ class GraphedWan:
         """Captures anew whatever comes from now on."""
         self.seen.clear()
         self.graphs.clear()
+        self.pool = torch.cuda.graph_pool_handle()  # the last graph took the old one with it
 
     def __call__(self, latents: Tensor, t: float, position: int, rope: RotaryEmbedding,
                  want_flow: bool = True) -> Tensor | None:

@@ -56,4 +56,4 @@ def _on_hopper(x: Tensor) -> bool:
 
 # The fastest way where that is not cuDNN as it comes, by the weight's shape: those of Wan's decoder at full resolution,
 # for which cuDNN has only kernels of the generation before. Measured by scripts/tune_decoder.py.
-HOPPER: dict[tuple[int, ...], Way] = {}
+HOPPER: dict[tuple[int, ...], Way] = {(96, 96, 3, 3, 3): conv3d_triton}

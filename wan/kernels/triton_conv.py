@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Rows of a tile (1 or 2), pixels of each, channels that are multiplied at a time, warps, stages of loads.
-TILE = (2, 128, 32, 8, 4)
+TILE = (2, 128, 32, 8, 6)
 
 
 @triton.jit
