@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 LOG2_E = 1.4426950408889634
 # Queries and keys of a tile, warps, stages of loads, registers of a thread at most; by the major compute capability.
 # Hopper and the Blackwell of data centres hold large tiles; on others a larger one does not fit the registers.
-TILES = {9: (128, 128, 8, 3, None), 10: (128, 128, 8, 3, None), 8: (128, 32, 8, 3, None), 12: (128, 32, 8, 3, None)}
+TILES = {9: (64, 128, 4, 3, None), 10: (128, 128, 8, 3, None), 8: (128, 32, 8, 3, None), 12: (128, 32, 8, 3, None)}
 
 
 @triton.jit
