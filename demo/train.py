@@ -15,8 +15,8 @@ from demo.training.export import export, restore
 from demo.training.looks import look
 from demo.training.ranks import Ranks
 
-STAGES = ("vae", "generator", "distilled", "streaming")
-STEPS = {"vae": 7000, "generator": 4200, "distilled": 1200, "streaming": 1200}
+STAGES = ("vae", "generator", "refined", "distilled", "streaming")
+STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "streaming": 1200}
 
 CLIPS = 8192  # drawn for the VAE, and again for the generator
 
@@ -28,8 +28,8 @@ def run(stage: str, folder: Path, ranks: Ranks, scale: float, device: str, seed:
         if ranks.size > 1:
             raise SystemExit("error: the VAE is trained on one GPU; leave torchrun out for --stages vae")
         vae.train(folder, steps=steps, device=device, seed=seed, clips=clips)
-    elif stage == "generator":
-        generator.train(folder, ranks, steps=steps, device=device, seed=seed, clips=clips)
+    elif stage in generator.PHASES:
+        generator.train(folder, ranks, stage, steps=steps, device=device, seed=seed, clips=clips)
     elif stage == "distilled":
         forcing.train(folder, ranks, stage, steps=steps, device=device, seed=seed, rate=3e-4, lora=False, blocks=7,
                       switch_every=None)
@@ -61,7 +61,7 @@ def main() -> None:
     if not ranks.first:
         return
     plot(args.folder)
-    if (args.folder / "generator.pt").exists():
+    if (args.folder / generator.latest(args.folder)).exists():
         export(args.folder, args.folder / "checkpoint")
 
 

@@ -44,8 +44,8 @@ CATEGORIES = tuple(field.name for field in fields(Scene))
 BLEND = {"subject": 0.5, "colour": 0.5, "motion": 0.7, "setting": 1.0, "light": 0.5, "camera": 0.7}  # seconds
 
 DRIFT_SPEED = 30.0  # pixels a second that the nearest scenery goes by
-PAN, PAN_PERIOD = 20.0, 5.0  # pixels, seconds
-ZOOM, ZOOM_PERIOD = 0.24, 5.0  # the subject gets so much larger
+PAN, PAN_PERIOD = 28.0, 5.0  # pixels, seconds
+ZOOM, ZOOM_PERIOD = 0.32, 5.0  # the subject gets so much larger
 
 STYLE = 24  # random numbers of a clip that no caption tells: where the subject is, how the hills lie, …
 

@@ -149,8 +149,10 @@ def tiny_training(monkeypatch):
     monkeypatch.setattr(vaes, "SIZES", {**vaes.SIZES, "base_dim": 4})
     for module in (generator, forcing):
         monkeypatch.setattr(module, "GENERATOR", config)
-    monkeypatch.setattr(generator, "PHASES", tuple(dataclasses.replace(phase, share=1 / 2, batch=2, blocks=blocks)
-                                                   for phase, blocks in zip(generator.PHASES, (1, 3), strict=True)))
+    monkeypatch.setattr(generator, "PHASES", {
+        stage: tuple(dataclasses.replace(phase, share=1 / 2, batch=2, blocks=blocks)
+                     for phase, blocks in zip(phases, (1, 3), strict=True))
+        for stage, phases in generator.PHASES.items()})
     monkeypatch.setattr(generator, "FIRST_BLOCKS", 1)
 
 
@@ -159,16 +161,17 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
     stages.mkdir()
     vaes.train(stages, steps=3, device="cpu", clips=1, crop=(1, 3, 5, 32, 32), whole=(1, 3, 5, 64, 64), measured=1)
     for steps in (1, 3):
-        generator.train(stages, ranks, steps=steps, device="cpu", clips=2)
+        generator.train(stages, ranks, "generator", steps=steps, device="cpu", clips=2)
     assert "generator: goes on at step 1 of 3" in capsys.readouterr().out
+    generator.train(stages, ranks, "refined", steps=2, device="cpu", clips=2)
     forcing.train(stages, ranks, "distilled", steps=5, device="cpu", batch=1, rate=1e-3, lora=False, blocks=5,
                   switch_every=None)
     forcing.train(stages, ranks, "streaming", steps=7, device="cpu", batch=1, rate=1e-3, lora=True, blocks=7,
                   switch_every=(2, 2))
     assert {file.name for file in (stages / "curves").iterdir()} == {
-        f"{stage}.json" for stage in ("vae", "reading", "generator", "distilled", "streaming")}
+        f"{stage}.json" for stage in ("vae", "reading", "generator", "refined", "distilled", "streaming")}
 
-    for stage in ("generator", "distilled", "streaming"):
+    for stage in ("generator", "refined", "distilled", "streaming"):
         shares = look(stages, stage, "cpu", videos=2)
         assert set(shares) == set(ATTRIBUTES)
         assert (stages / f"looks/{stage}.png").stat().st_size > 0

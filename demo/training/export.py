@@ -17,8 +17,7 @@ def export(folder: Path, target: Path, dtype: torch.dtype = torch.float16) -> No
     """Writes FOLDER's stages to TARGET: the latest of the generator's, and the LoRA if there is one."""
     for name in ("transformer", "text_encoder", "tokenizer", "vae", "models"):
         (target / name).mkdir(parents=True, exist_ok=True)
-    latest = "distilled.pt" if (folder / "distilled.pt").exists() else "generator.pt"
-    model, text, words = stage2.load(folder, "cpu", latest)
+    model, text, words = stage2.load(folder, "cpu", stage2.latest(folder))
 
     def half(state: dict) -> dict:
         return {name: value.to(dtype).contiguous() for name, value in state.items()}
@@ -47,16 +46,15 @@ def export(folder: Path, target: Path, dtype: torch.dtype = torch.float16) -> No
 
 
 
-
 def restore(checkpoint: Path, folder: Path) -> None:
-    """The other way: writes `vae.pt` and the generator, as both `generator.pt` and `distilled.pt`, for later stages to
-    start from. What is in FOLDER already stays."""
+    """The other way: writes `vae.pt` and the generator, as the result of each of its stages, for later ones to start
+    from. What is in FOLDER already stays."""
     config = read_json(checkpoint / "vae/config.json")
     if not (folder / "vae.pt").exists():
         state = {name: value.float() for name, value in read_folder(checkpoint / "vae").items()}
         torch.save({"state": state, "mean": config["latents_mean"], "std": config["latents_std"]}, folder / "vae.pt")
     generator = pick_generator(read(checkpoint / "models/longlive_base.pt"), False, checkpoint)
     text = tied_embedding(read_folder(checkpoint / "text_encoder"))
-    for name in ("generator.pt", "distilled.pt"):
+    for name in stage2.RESULTS:
         if not (folder / name).exists():
             torch.save({"generator": dict(generator), "text": dict(text)}, folder / name)

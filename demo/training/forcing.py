@@ -1,12 +1,12 @@
-"""Stages 3 and 4: the generator learns from videos that it makes itself, as it will make them: four steps a block, over
+"""Stages 4 and 5: the generator learns from videos that it makes itself, as it will make them: four steps a block, over
 its own K/V cache.
 
-A teacher, the generator of stage 2, is shown the student's own past and the noisy latents that the student has at one
+A teacher, the generator of stage 3, is shown the student's own past and the noisy latents that the student has at one
 of its steps; it follows the flow from there to the end in many small steps, with classifier-free guidance. The student
 is to arrive at the same place in one. So it learns the teacher's result for whatever its own past has become, and the
 teacher, trained on pasts under noise, pulls what has drifted back to what it knows.
 
-Stage 3 does this for all weights on videos of a few seconds. Stage 4 for a LoRA, on videos of a minute and more in
+Stage 4 does this for all weights on videos of a few seconds. Stage 5 for a LoRA, on videos of a minute and more in
 which the prompt changes and the cache is refreshed: the video streams on, and the loss is on its newest block only.
 """
 
@@ -40,7 +40,7 @@ TEACHER_STEPS = 8  # from pure noise; fewer from less
 BLUR = 0.1  # σ of the noise on the past that the teacher is shown
 SOFT = 0.1  # where the loss goes over from square to absolute
 RANK = 16
-FARTHEST = 1000  # latents; how far from the sink stage 4 lets a video's window get
+FARTHEST = 1000  # latents; how far from the sink stage 5 lets a video's window get
 JUMPS = 0.03  # how often, of the blocks, it jumps ahead
 
 
@@ -266,8 +266,9 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
     """Trains on videos of `blocks` blocks; writes STAGE.pt. switch_every: least and most blocks between switches."""
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if device != "cpu" else torch.float32
-    teacher_model, text, words = stage2.load(folder, device)
-    student = stage2.load(folder, device, "distilled.pt" if lora else "generator.pt")[0]
+    teachers = stage2.latest(folder, stage2.RESULTS[1:])
+    teacher_model, text, words = stage2.load(folder, device, teachers)
+    student = stage2.load(folder, device, "distilled.pt" if lora else teachers)[0]
     fast = copy.deepcopy(student).to(dtype).requires_grad_(False)
     trained = add_lora(student, RANK) if lora else student
     average = Average(trained, 0.99).to(device)

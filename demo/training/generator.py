@@ -1,7 +1,8 @@
-"""Stage 2: the text encoder and the causal generator, by flow matching with teacher forcing.
+"""Stages 2 and 3: the text encoder and the causal generator, by flow matching with teacher forcing.
 
 What a caption says of a scene shows in the first block; every later one can take it from its past. So the text encoder
-learns to read first, then the two see a great many first blocks, then clips of five seconds.
+learns to read first, then the two see a great many first blocks, then clips of five seconds. Stage 3 does it
+again, from where stage 2 got to, on clips that it has not seen.
 """
 
 import random
@@ -50,7 +51,10 @@ class Phase:
     draws: int
 
 
-PHASES = (Phase(0.43, 1, 512, 1), Phase(0.57, 7, 48, 2))
+PHASES = {"generator": (Phase(0.43, 1, 512, 1), Phase(0.57, 7, 48, 2)),
+          "refined": (Phase(0.5, 1, 512, 1), Phase(0.5, 7, 48, 2))}
+RATES = {"generator": 2e-3, "refined": 1.2e-3}
+RESULTS = ("distilled.pt", "refined.pt", "generator.pt")  # files with a generator, the latest first
 FIRST_BLOCKS = 3  # so many times more clips of one block than of all
 READING = 0.1  # steps of it for each step of the generator's
 
@@ -136,32 +140,37 @@ def optimisers(model: CausalWan, text: nn.Module) -> list[torch.optim.Optimizer]
                               capturable=cuda, fused=cuda)]
 
 
-def phase_of(step: int, steps: int) -> Phase:
+def phase_of(phases: tuple[Phase, ...], step: int, steps: int) -> Phase:
     """The phase that a step belongs to."""
     done = 0.0
-    for phase in PHASES:
+    for phase in phases:
         done += phase.share
         if step < done * steps:
             return phase
-    return PHASES[-1]
+    return phases[-1]
 
 
-def train(folder: Path, ranks: Ranks, *, steps: int, device: str, seed: int = 0, clips: int = 8192,
-          rate: float = 2e-3) -> None:
-    """Writes `generator.pt`: the running mean of the weights of generator and text encoder. clips: long ones, on all
-    GPUs together."""
+def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, seed: int = 0,
+          clips: int = 8192) -> None:
+    """Writes STAGE.pt: the running mean of the weights of generator and text encoder. stage: "generator", or "refined",
+    which starts from its result. clips: long ones, on all GPUs together."""
     torch.manual_seed(seed)
-    clips = max(1, clips // ranks.size)
-    words = Captions(tokenizer(TEXT["vocab_size"], corpus()), TOKENS)
-    model, text = new_models(device)
-    if ranks.first:
+    clips, phases = max(1, clips // ranks.size), PHASES[stage]
+    if stage == "generator":
+        words = Captions(tokenizer(TEXT["vocab_size"], corpus()), TOKENS)
+        model, text = new_models(device)
+    else:
+        model, text, words = load(folder, device, "generator.pt")
+        text.train().requires_grad_(True)
+        seed += 179424673
+    if ranks.first and stage == "generator":
         reading.train(folder, text, words, steps=max(1, round(READING * steps)), device=device, seed=seed,
                       captions=4 * clips)
     ranks.share(text)
     both = nn.ModuleList([model, text])
     average = Average(both, 0.9985).to(device)
     matrices, rest = optimisers(model, text)
-    progress = Progress(folder, "generator", steps, {"both": both, "average": average, "matrices": matrices,
+    progress = Progress(folder, stage, steps, {"both": both, "average": average, "matrices": matrices,
                                                      "rest": rest}, quiet=not ranks.first)
     seed += 1000003 * ranks.rank
     torch.manual_seed(seed)
@@ -184,18 +193,18 @@ def train(folder: Path, ranks: Ranks, *, steps: int, device: str, seed: int = 0,
         return {}
 
     for step in progress:
-        if phase is not phase_of(step, steps):
-            before, phase = phase, phase_of(step, steps)
+        if phase is not phase_of(phases, step, steps):
+            before, phase = phase, phase_of(phases, step, steps)
             if before is None or before.blocks == 1:
                 several = phase.blocks > 1
                 store = gradients = None  # frees the last one's memory first
                 store = Store(folder, clips if several else FIRST_BLOCKS * clips,
-                              PHASES[-1].blocks if several else 1, words, device, seed)
+                              phases[-1].blocks if several else 1, words, device, seed)
             plan = Plan(phase.blocks, phase.draws, window=WINDOW, sink=SINK, rope=new_rope(device), frames=BLOCK)
             forward = Parallel(model, plan, compiled=device != "cpu")
             gradients, update = Repeated(learn, device), Repeated(improve, device)
         for optimiser in (matrices, rest):
-            set_rate(optimiser, cosine(step, steps, rate, warm=min(300, steps // 10 + 1)))
+            set_rate(optimiser, cosine(step, steps, RATES[stage], warm=min(300, steps // 10 + 1)))
         losses = gradients()
         ranks.average_gradients(list(both.parameters()))
         update()
@@ -203,7 +212,7 @@ def train(folder: Path, ranks: Ranks, *, steps: int, device: str, seed: int = 0,
         progress.log(**losses)
     average.copy_to(both)
     if ranks.first:
-        save(folder / "generator.pt", model, text)
+        save(folder / f"{stage}.pt", model, text)
     ranks.wait()
 
 
@@ -232,8 +241,13 @@ def save(file: Path, model: CausalWan, text: nn.Module) -> None:
                 for part, module in (("generator", model), ("text", text))}, file)
 
 
-def load(folder: Path, device: str, name: str = "generator.pt") -> tuple[CausalWan, UMT5EncoderModel, Captions]:
-    """The result of this stage or, by name, of a later one."""
+def latest(folder: Path, names: tuple[str, ...] = RESULTS) -> str:
+    """The first of these files that is there."""
+    return next((name for name in names if (folder / name).exists()), names[-1])
+
+
+def load(folder: Path, device: str, name: str) -> tuple[CausalWan, UMT5EncoderModel, Captions]:
+    """Generator, text encoder and captions of a file of RESULTS."""
     kept = torch.load(folder / name, map_location=device, weights_only=True)
     model, text = new_models(device)
     model.load_state_dict(kept["generator"])

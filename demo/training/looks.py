@@ -12,6 +12,7 @@ from demo.evaluation.sheets import sheet
 from demo.judge import ATTRIBUTES, COUNT, WINDOW, Judge
 from demo.training import vae as vaes
 from demo.training.forcing import Teacher, Videos, embed, load_student
+from demo.training.generator import PHASES
 from demo.world import CATEGORIES, FPS, sample, scene_of
 
 SHOWN = (0, 20, 40, 80)  # frames of each video in the contact sheet
@@ -22,7 +23,7 @@ ROWS = 12
 def look(folder: Path, stage: str, device: str, videos: int = 128, blocks: int = 7, seed: int = 11) -> dict[str, float]:
     """Writes FOLDER/looks/STAGE.png; returns, and prints, the share of videos whose end shows each attribute right.
 
-    After stage 2 the videos are made by the many steps of the guided flow, later by the four steps of the student.
+    Up to stage 3 the videos are made by the many steps of the guided flow, later by the four steps of the student.
     """
     torch.manual_seed(seed)
     scenes, rng = sample(videos, 1, torch.Generator().manual_seed(seed), held_out=True)[:, 0], random.Random(seed)
@@ -35,7 +36,7 @@ def look(folder: Path, stage: str, device: str, videos: int = 128, blocks: int =
     for _ in range(blocks):
         made.begin()
         noise = torch.randn_like(made.latest)
-        x0 = teacher(noise, 1.0, made.past(), made.embeds) if stage == "generator" else made.denoise()
+        x0 = teacher(noise, 1.0, made.past(), made.embeds) if stage in PHASES else made.denoise()
         made.remember(x0)
         made.finish(x0)
         latents.append(x0)
