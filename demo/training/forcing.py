@@ -35,7 +35,7 @@ from wan.model import CausalWan
 from wan.text_encoder import encode
 
 SIGMAS = [t / 1000 for t in timesteps([1000, 750, 500, 250], SHIFT, warp=True)]  # of the student's four steps
-GUIDANCE = 2.0
+GUIDANCE = 2.5
 TEACHER_STEPS = 8  # from pure noise; fewer from less
 BLUR = 0.1  # σ of the noise on the past that the teacher is shown
 SOFT = 0.1  # where the loss goes over from square to absolute
