@@ -5,7 +5,7 @@ import torch
 from utils.errors import UserError
 from wan.fp8 import to_fp8
 from wan.kernels import HAS_TRITON
-from wan.kernels.fp8 import E4M3, HEAD_DIMS
+from wan.kernels.fp8 import HEAD_DIMS, linear, quantise
 from wan.model import CausalWan, WanConfig
 
 OLDEST = (8, 9)  # compute capability of the first GPUs that multiply e4m3
@@ -28,16 +28,14 @@ def check_precision(precision: str, device: torch.device) -> None:
         multiply_once(device)
     except (RuntimeError, ValueError, AttributeError) as error:  # of a GPU or a PyTorch that has no such product
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"precision=fp8: PyTorch {torch.__version__} does not multiply e4m3 with a scale for each row "
-                        f"on {name} ({reason}); {MEND}") from None
+        raise UserError(f"precision=fp8: PyTorch {torch.__version__} and Triton can't multiply 8 bits on {name} "
+                        f"({reason}); {MEND}") from None
 
 
 def multiply_once(device: torch.device) -> None:
-    """A small product as `wan.kernels.fp8.linear` makes it."""
-    rows, scale = torch.zeros(32, 32, device=device).to(E4M3), torch.ones(32, 1, device=device)
-    bias = torch.zeros(32, device=device, dtype=torch.bfloat16)
-    torch._scaled_mm(rows, rows.t(), scale_a=scale, scale_b=scale.view(1, -1), bias=bias, out_dtype=torch.bfloat16,
-                     use_fast_accum=True)
+    """A small product."""
+    rows = quantise(torch.zeros(32, 32, device=device))
+    linear(rows, rows, torch.zeros(32, device=device, dtype=torch.bfloat16))
     torch.cuda.synchronize(device)
 
 

@@ -1,8 +1,9 @@
 """Times what a pass is made of, on this GPU and at the shapes of Wan 2.1 1.3B at 480×832: each matrix product and
-kernel in full precision and in FP8, of one block and of two at once, and attention in FP8 with several tiles beside
-PyTorch's in bfloat16.
+kernel in full precision and with 8 bits, of one block and of two at once, and attention with 8 bits with several tiles
+beside PyTorch's in bfloat16.
 
-The fastest tile belongs into `TILES` of wan/kernels/triton_fp8_attention.py, by the GPU's major compute capability.
+The fastest tiles belong into `TILES` of wan/kernels/triton_fp8_attention.py and wan/kernels/triton_int8_linear.py, by
+the GPU's major compute capability.
 """
 
 import argparse
@@ -29,6 +30,10 @@ HEADS, HEAD_DIM, DIM, FFN = SIZES.num_heads, SIZES.head_dim, SIZES.dim, SIZES.ff
 TRIED = ((128, 128, 8, 3, None), (128, 128, 8, 2, None), (64, 128, 4, 3, None), (64, 128, 4, 2, None),
          (64, 128, 4, 2, 168), (64, 64, 4, 3, None), (64, 64, 4, 3, 168), (64, 64, 4, 4, 168), (128, 64, 8, 3, None),
          (128, 64, 8, 4, None), (128, 256, 8, 2, None), (128, 32, 8, 3, None), (64, 32, 4, 3, None))
+# Rows, outputs and inputs of a tile, warps, stages of loads.
+TRIED_IN_LINEAR = ((128, 256, 128, 8, 4), (128, 256, 128, 8, 3), (128, 256, 64, 8, 4), (256, 128, 128, 8, 4),
+                   (256, 128, 128, 8, 3), (128, 128, 128, 8, 4), (128, 128, 128, 4, 3), (128, 128, 128, 4, 4),
+                   (64, 256, 128, 4, 3), (128, 192, 128, 8, 4), (128, 128, 64, 8, 3))
 
 
 def compare_tiles(keys_count: int, found: dict) -> None:
@@ -37,10 +42,11 @@ def compare_tiles(keys_count: int, found: dict) -> None:
 
     q, k, v = (draw(1, count, HEADS, HEAD_DIM) for count in (TOKENS, keys_count, keys_count))
     scale = torch.full((1, HEADS), 0.2, device="cuda")  # 16 times what the largest of these values needs
-    keys = fp8.less_mean(k, torch.zeros(1, HEADS, HEAD_DIM, device="cuda"), scale)
+    keys, key_scale = torch.empty_like(k, dtype=torch.int8), torch.empty(1, HEADS, keys_count, device="cuda")
+    fp8.write_less_mean(k, torch.zeros(1, HEADS, HEAD_DIM, device="cuda"), keys, key_scale)
     values = torch.empty(1, HEADS, HEAD_DIM, -(-keys_count // 16) * 16, device="cuda").to(fp8.E4M3)[..., :keys_count]
     fp8.write_values(v, scale, values)
-    held, rows = fp8.Held(keys, values, scale, scale), fp8.quantise(q)
+    held, rows = fp8.Held(keys, values, key_scale, scale), fp8.quantise(q)
     some = fp8.Rows(rows.values[:, :512].contiguous(), rows.scale[:, :512].contiguous())
     exact = attention(q[:, :512].float(), k.float(), v.float())
     tflop = 4 * HEADS * TOKENS * keys_count * HEAD_DIM / 1e12
@@ -62,22 +68,24 @@ def compare_tiles(keys_count: int, found: dict) -> None:
 def compare_kernels(found: dict) -> None:
     x, e = draw(1, FRAMES, ROWS * COLUMNS, DIM), draw(1, FRAMES, 6, DIM)
     shift, scale, gate = e.split(1, 2)[:3]
+    smooth = torch.ones(FFN, device="cuda")
     flat, wide, qkv, weight = x.flatten(1, 2), draw(1, TOKENS, FFN), draw(1, TOKENS, 3 * DIM), draw(DIM)
     turns = RotaryEmbedding(HEAD_DIM, ROWS, COLUMNS, "cuda").turns(9, FRAMES)
     q, k, v = qkv.chunk(3, -1)
     mean, one = torch.zeros(1, HEADS, HEAD_DIM, device="cuda"), torch.full((1, HEADS), 0.1, device="cuda")
     here = slice(TOKENS, 2 * TOKENS)
-    keys = torch.empty(1, 4 * TOKENS, HEADS, HEAD_DIM, device="cuda").to(fp8.E4M3)[:, here]
+    keys = torch.empty(1, 4 * TOKENS, HEADS, HEAD_DIM, device="cuda", dtype=torch.int8)[:, here]
+    key_scale = torch.empty(1, HEADS, 4 * TOKENS, device="cuda")[..., here]
     values = torch.empty(1, HEADS, HEAD_DIM, 4 * TOKENS, device="cuda").to(fp8.E4M3)[..., here]
     calls = {
         "modulate": lambda: modulate(x, shift, scale, 1e-6),
-        "modulate_quantise": lambda: fp8.modulate_quantise(x, shift, scale, 1e-6),
+        "modulate_quantise": lambda: fp8.modulate_quantise(x, shift, scale, 1e-6, smooth),
         "gated": lambda: gated(x, gate, x),
         "quantise": lambda: fp8.quantise(flat),
-        "gelu_quantise": lambda: fp8.gelu_quantise(wide),
+        "gelu_quantise": lambda: fp8.gelu_quantise(wide, smooth),
         "rms_rope": lambda: rms_rope(q.contiguous(), weight, 1e-6, turns),
         "rms_rope_quantise": lambda: fp8.rms_rope_quantise(q, weight, 1e-6, turns),
-        "write_keys": lambda: fp8.write_keys(k, weight, 1e-6, turns, mean, one, keys),
+        "write_keys": lambda: fp8.write_keys(k, weight, 1e-6, turns, mean, keys, key_scale),
         "write_values": lambda: fp8.write_values(v.unflatten(-1, (HEADS, HEAD_DIM)), one, values),
     }
     for name, call in calls.items():
@@ -95,7 +103,7 @@ def compare_products(found: dict) -> None:
             x = draw(rows, inputs)
             x8 = fp8.quantise(x[None])
             calls = {"bf16": lambda x=x, w=weight, b=bias: F.linear(x, w, b),
-                     "fp8": lambda x=x8, w=weight8, b=bias: fp8.linear(x, w, b)}
+                     "int8": lambda x=x8, w=weight8, b=bias: fp8.linear(x, w, b)}
             if outputs == FFN:
                 calls["bf16, GELU"] = lambda x=x, w=weight, b=bias: linear_gelu(x, w, b)
             for name, call in calls.items():
@@ -106,11 +114,31 @@ def compare_products(found: dict) -> None:
     report_two_at_once(found)
 
 
+def compare_linear_tiles(found: dict) -> None:
+    """The layers that a block computes with int8, with each tile."""
+    from wan.kernels import triton_int8_linear
+
+    for inputs, outputs in ((DIM, 3 * DIM), (DIM, FFN), (FFN, DIM)):
+        x, weight = fp8.quantise(draw(1, TOKENS, inputs)), fp8.quantise(draw(outputs, inputs))
+        bias = draw(outputs)
+        print(f"int8 {TOKENS} × {inputs} → {outputs}", flush=True)
+        for tile in TRIED_IN_LINEAR:
+            triton_int8_linear.TILES = dict.fromkeys(range(8, 13), tile)
+            try:
+                taken = milliseconds(lambda x=x, w=weight, b=bias: fp8.linear(x, w, b), 30)
+            except Exception as failure:  # a tile that this GPU can't hold; Triton has no one type for it
+                print(f"  {tile!s:26}{type(failure).__name__}: {' '.join(str(failure).split())[:80]}", flush=True)
+                continue
+            found[f"{inputs} → {outputs}, {tile}"] = taken
+            speed = 2 * TOKENS * inputs * outputs / taken / 1e9
+            print(f"  {tile!s:26}{1000 * taken:8.1f} µs {speed:6.0f} TOP/s", flush=True)
+
+
 def report_two_at_once(found: dict) -> None:
     """What one pass over two blocks saves of the linear layers of two passes: all that it can save on the GPU, for its
     attention is that of the two, and its other kernels move as much memory."""
     layers = {"bf16": ((DIM, DIM, 6, ""), (DIM, FFN, 1, ", GELU"), (FFN, DIM, 1, "")),
-              "fp8": ((DIM, 3 * DIM, 1, ""), (DIM, DIM, 3, ""), (DIM, FFN, 1, ""), (FFN, DIM, 1, ""))}
+              "int8": ((DIM, 3 * DIM, 1, ""), (DIM, FFN, 1, ""), (FFN, DIM, 1, ""))}  # square ones stay in bf16
     for name, parts in layers.items():
         one, two = (SIZES.num_layers * sum(calls * found[f"{rows} × {inputs} → {outputs}, {name}{also}"]
                                            for inputs, outputs, calls, also in parts) for rows in (TOKENS, 2 * TOKENS))
@@ -129,6 +157,7 @@ def main() -> None:
     found: dict[str, dict] = {"products": {}, "kernels": {}}
     compare_products(found["products"])
     compare_kernels(found["kernels"])
+    compare_linear_tiles(found.setdefault("tiles of linear layers", {}))
     for keys_count in (TOKENS, TOKENS // FRAMES * WINDOW):
         compare_tiles(keys_count, found.setdefault(f"attention to {keys_count}", {}))
     if args.json:

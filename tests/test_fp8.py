@@ -1,5 +1,5 @@
-"""FP8 by its plain versions, which round where the GPU's do: how far it is from full precision, that its cache is a
-KVCache, and where it is refused. tests/test_gpu_fp8.py holds the GPU's versions against these."""
+"""`precision: fp8` by its plain versions, which round where the GPU's do: how far it is from full precision, that its
+cache is a KVCache, and where it is refused. tests/test_gpu_fp8.py holds the GPU's versions against these."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ from utils.cli import guarded
 from utils.config import Config
 from utils.errors import UserError
 from wan import fp8 as modules
-from wan.fp8 import Fp8Linear, to_fp8
+from wan.fp8 import Int8Linear, to_fp8
 from wan.fp8_cache import QuantisedKVCache
 from wan.kernels import fp8, rms_rope
 from wan.kernels.fp8 import Held, Rows
@@ -62,8 +62,8 @@ def test_no_value_is_rounded_further_than_half_a_step():
     x = with_outliers(2, 50, 96)
     x[0, 0] = 0
     got = fp8.quantise(x)
-    assert got.values.dtype == fp8.E4M3 and got.scale.shape == (2, 50, 1)
-    assert ((as_float(got) - x).abs() <= x.abs() * HALF_STEP * 1.001 + got.scale * 2**-10).all()
+    assert got.values.dtype == torch.int8 and got.scale.shape == (2, 50, 1)
+    assert ((as_float(got) - x).abs() <= got.scale * 0.501).all()
     assert (as_float(got)[0, 0] == 0).all()
 
 
@@ -72,43 +72,54 @@ def test_too_large_a_value_is_the_largest_and_no_nan():
     assert fp8.to_e4m3(torch.tensor(math.nan)).isnan()
 
 
+def test_what_is_no_number_stays_none():
+    for wrong in (math.nan, math.inf):
+        x = draw(2, 32)
+        x[1, 3] = wrong
+        got = as_float(fp8.quantise(x))
+        assert got[1].isnan().any() and not got[0].isnan().any()
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), [(256, 768), (96, 32)])
 def test_linear_layer(inputs, outputs):
-    """Weights and activations are each off by 2^-4 at most, 2.6 % as a root of mean squares."""
     layer, x = nn.Linear(inputs, outputs), with_outliers(2, 40, inputs)
     layer.weight.data *= with_outliers(outputs, 1).abs()
-    got = Fp8Linear(layer)(x)
-    assert got.dtype == torch.float32 and relative(got, layer(x)) < 0.05
+    got = Int8Linear(layer)(x)
+    assert got.dtype == torch.float32 and relative(got, layer(x)) < 0.03
+
+
+@pytest.mark.parametrize("power", [0.0, 0.7, 1.0])
+def test_linear_layer_whose_weights_make_up_for_outliers(power):
+    """Channels that are large because their weights are small. e4m3 rows would be off by 3.7 %."""
+    layer, x = nn.Linear(768, 256), with_outliers(2, 100, 768)
+    layer.weight.data = draw(256, 768) * with_outliers(256, 1).abs() / x.abs().amax((0, 1)) ** power
+    layer.weight.data[:, 5] = 0
+    assert relative(Int8Linear(layer)(x), layer(x)) < 0.03
 
 
 def test_layers_of_one_input_side_by_side():
     layers, x = [nn.Linear(32, 48) for _ in range(3)], draw(2, 5, 32)
-    together = Fp8Linear(*layers)
-    assert torch.equal(together(x), torch.cat([Fp8Linear(layer)(x) for layer in layers], -1))
+    together = Int8Linear(*layers)
+    assert relative(together(x), torch.cat([layer(x) for layer in layers], -1)) < 0.02
     assert torch.equal(together(x, skip=48), together(x)[..., 48:])
 
 
 def test_bias_and_rows_are_in_the_dtype_of_the_layer():
     layer = nn.Linear(32, 32).bfloat16()
-    assert Fp8Linear(layer)(draw(1, 4, 32).bfloat16()).dtype == torch.bfloat16
+    assert Int8Linear(layer)(draw(1, 4, 32).bfloat16()).dtype == torch.bfloat16
 
 
 def test_what_is_fused_with_quantising():
     x = with_outliers(2, 3, 5, 64)
-    shift, scale = draw(2, 3, 1, 64), draw(2, 3, 1, 64)
+    shift, scale, smooth = draw(2, 3, 1, 64), draw(2, 3, 1, 64), draw(64).abs() + 0.1
     normed = F.layer_norm(x, (64,), eps=1e-6)
-    assert relative(as_float(fp8.modulate_quantise(x, shift, scale, 1e-6)),
-                    (normed * (1 + scale) + shift).flatten(1, 2)) < 0.03
-    assert relative(as_float(fp8.gelu_quantise(x)), F.gelu(x, approximate="tanh")) < 0.03
-    norm = nn.LayerNorm(64, eps=1e-6)
-    norm.weight.data, norm.bias.data = draw(64), draw(64)
-    got = fp8.modulate_quantise(x, norm.bias[None, None, None], norm.weight[None, None, None] - 1, 1e-6)
-    assert relative(as_float(got), norm(x).flatten(1, 2)) < 0.03
-    y, gate = draw(2, 3, 5, 64), draw(2, 3, 1, 64)
-    for some_gate, expected in ((gate, x + gate * y), (None, x + y)):
-        total, rows = fp8.add_modulate_quantise(x, some_gate, y, shift, scale, 1e-6)
-        assert relative(total, expected) < 1e-6
-        assert relative(as_float(rows), as_float(fp8.modulate_quantise(expected, shift, scale, 1e-6))) < 0.004
+    assert relative(as_float(fp8.modulate_quantise(x, shift, scale, 1e-6, smooth)),
+                    (normed * (1 + scale) + shift).flatten(1, 2) * smooth) < 0.03
+    assert relative(as_float(fp8.gelu_quantise(x, smooth)), F.gelu(x, approximate="tanh") * smooth) < 0.03
+    y = draw(2, 3, 5, 64)
+    total, rows = fp8.add_modulate_quantise(x, y, shift, scale, 1e-6, smooth)
+    assert relative(total, x + y) < 1e-6
+    assert relative(as_float(rows), as_float(fp8.modulate_quantise(x + y, shift, scale, 1e-6, smooth))) < 0.004
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -141,8 +152,7 @@ def test_attention_to_a_cache_of_keys_with_outliers(size):
 def test_what_all_keys_have_in_common_changes_nothing():
     """The vector that the cache takes from its keys, without any rounding."""
     q, k, v, common = draw(2, 7, 3, 16), draw(2, 30, 3, 16), draw(2, 30, 3, 16), 5 * draw(2, 3, 16)
-    ones = torch.ones(2, 3)
-    held = Held(k - common[:, None], v.permute(0, 2, 3, 1), ones, ones)
+    held = Held(k - common[:, None], v.permute(0, 2, 3, 1), torch.ones(2, 3, 30), torch.ones(2, 3))
     got = fp8.attention(Rows(q, torch.ones(1)), held, torch.float32)
     assert relative(got, fp8.attention(Rows(q, torch.ones(1)), held._replace(keys=k), torch.float32)) < 1e-5
     assert relative(got, exact_attention(q, k, v)) < 0.04  # weights are rounded
@@ -151,11 +161,12 @@ def test_what_all_keys_have_in_common_changes_nothing():
 def test_keys_less_their_mean_are_rounded_less():
     common = 30 * draw(2, 64)
     common[:, : 2 * frame_pairs(64)] = 0  # channels that turn with the frame keep their mean
-    k, v, q = draw(1, 60, 2, 64) + common, draw(1, 60, 2, 64), draw(1, 60, 2, 64)
+    k, v, q = draw(1, 60, 2, 64) + common, draw(1, 60, 2, 64, seed=1), draw(1, 60, 2, 64, seed=2)
     cache = new_cache()
     cache.begin(0, 3)
     held = cache.update(0, k, v)
-    plain = held._replace(keys=fp8.to_e4m3(k / held.key_scale[0, :, None]))
+    rows = fp8.quantise(k)
+    plain = held._replace(keys=rows.values, key_scale=rows.scale[..., 0].transpose(1, 2))
     errors = [relative(fp8.attention(fp8.quantise(q), one, torch.float32), exact_attention(q, k, v))
               for one in (held, plain)]
     assert errors[0] < 0.5 * errors[1], errors
@@ -163,11 +174,10 @@ def test_keys_less_their_mean_are_rounded_less():
 
 def held_by(cache: QuantisedKVCache, layer: int, held: Held) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys and values [B, S, H, D] as they are held, and how far each may be from what was written."""
-    mean, *_ = cache._fixed[layer]
-    key_scale, value_scale = held.key_scale[:, None, :, None], held.value_scale[:, None, :, None]
+    mean, _ = cache._fixed[layer]
+    key_scale, value_scale = held.key_scale.transpose(1, 2)[..., None], held.value_scale[:, None, :, None]
     k, v = held.keys.float() * key_scale, held.values.float().permute(0, 3, 1, 2) * value_scale
-    slack = [x.abs() * HALF_STEP * 1.15 + scale * 2**-9 for x, scale in ((k, key_scale), (v, value_scale))]
-    return k + mean[:, None], v, *slack
+    return k + mean[:, None], v, key_scale * 0.501, v.abs() * HALF_STEP * 1.15 + value_scale * 2**-9
 
 
 class Pair:
@@ -233,6 +243,7 @@ def test_cache_takes_half_the_memory(window):
         cache.begin(0, 12)
     sizes = [sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values)) for cache in caches]
     assert sizes[0] == 2 * sizes[1]
+    assert sum(x.untyped_storage().nbytes() for x in caches[1].key_scales) <= sizes[1] / 32  # 4 bytes to 2·64
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 20])
@@ -245,6 +256,7 @@ def test_rows_of_values_begin_where_a_gpu_can_copy_them(tokens, window):
         held = cache.update(0, x, x)
         assert held.values.stride()[-1] == 1 and all(stride % 16 == 0 for stride in held.values.stride()[:-1])
         assert held.keys.stride()[1:] == (128, 64, 1)
+        assert held.key_scale.stride()[2] == 1 and all(stride % 4 == 0 for stride in held.key_scale.stride()[:-1])
 
 
 @pytest.mark.parametrize("relative_rope", [False, True])

@@ -1,4 +1,4 @@
-"""FP8 on a GPU against its plain versions: `python -m pytest -m gpu tests/test_gpu_fp8.py`."""
+"""`precision: fp8` on a GPU against its plain versions: `python -m pytest -m gpu tests/test_gpu_fp8.py`."""
 
 import copy
 import dataclasses
@@ -22,8 +22,7 @@ CUDA = torch.device("cuda")
 OLD = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(OLD, reason="no CUDA GPU of compute capability 8.9")]
 
-ROUNDING = 4e-3  # of a result in bfloat16, and of values on the border between two numbers of e4m3
-FAST_SUMS = 2e-2  # of `use_fast_accum`: Hopper adds up thousands of products in about 14 bits
+ROUNDING = 4e-3  # of a result in bfloat16, and of values on the border between two that can be had
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 
 
@@ -38,7 +37,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def assert_same_rows(got: Rows, expected: Rows) -> None:
-    assert got.values.dtype == fp8.E4M3 and got.values.shape == expected.values.shape
+    assert got.values.dtype == torch.int8 and got.values.shape == expected.values.shape
     assert relative(got.scale.view(-1), expected.scale.view(-1)) < 1e-5
     assert relative(as_float(got), as_float(expected)) < ROUNDING
 
@@ -52,13 +51,17 @@ def test_this_gpu_is_taken():
 def test_quantise_and_gelu(dtype, shape):
     x = draw(*shape, dtype=dtype)
     x[0, 0] = 0
-    assert_same_rows(fp8.quantise(x), fp8.quantise_plain(x))
-    assert_same_rows(fp8.gelu_quantise(x), fp8.gelu_quantise_plain(x))
+    smooth = torch.rand(shape[-1], device=CUDA) + 0.1
+    for some in (None, smooth):
+        assert_same_rows(fp8.quantise(x, some), fp8.quantise_plain(x, some))
+    assert_same_rows(fp8.gelu_quantise(x, smooth), fp8.gelu_quantise_plain(x, smooth))
 
 
 def test_what_is_no_number_stays_none():
-    x = torch.full((1, 2, 32), torch.nan, device=CUDA)
-    assert fp8.quantise(x).values.float().isnan().all()
+    x = torch.randn(1, 2, 33, device=CUDA)
+    x[0, 1, 3] = torch.nan
+    got = as_float(fp8.quantise(x))
+    assert got[0, 1].isnan().all() and not got[0, 0].isnan().any()
 
 
 @DTYPES
@@ -66,22 +69,25 @@ def test_what_is_no_number_stays_none():
 def test_modulate(dtype, batch, frames, tokens, dim):
     x, e = draw(batch, frames, tokens, dim, dtype=dtype), torch.randn(batch, frames, 6, dim, device=CUDA).to(dtype)
     shift, scale, *_ = e.split(1, dim=2)
-    assert_same_rows(fp8.modulate_quantise(x, shift, scale, 1e-6),
-                     fp8.modulate_quantise_plain(x, shift, scale, 1e-6))
-    same = torch.randn(2, 1, 1, 1, dim, device=CUDA)
-    assert_same_rows(fp8.modulate_quantise(x, *same, 1e-6), fp8.modulate_quantise_plain(x, *same, 1e-6))
-    y, gate = draw(batch, frames, tokens, dim, dtype=dtype), e[:, :, 2:3]
-    for given in ((x, gate, y, *same), (x, None, y, shift, scale)):
-        total, rows = fp8.add_modulate_quantise(*given, 1e-6)
-        assert relative(total, fp8.add_modulate_quantise_plain(*given, 1e-6)[0]) < ROUNDING
-        assert_same_rows(rows, fp8.modulate_quantise_plain(total, *given[3:], 1e-6))
+    given = (shift, scale, 1e-6, torch.rand(dim, device=CUDA) + 0.1)
+    assert_same_rows(fp8.modulate_quantise(x, *given), fp8.modulate_quantise_plain(x, *given))
+    y = draw(batch, frames, tokens, dim, dtype=dtype)
+    total, rows = fp8.add_modulate_quantise(x, y, *given)
+    assert relative(total, x + y) < ROUNDING
+    assert_same_rows(rows, fp8.modulate_quantise_plain(total, *given))
 
 
-@pytest.mark.parametrize("rows,inputs,outputs", [(4680, 1536, 4608), (4680, 8960, 1536), (14, 64, 96), (1, 32, 32)])
+@pytest.mark.parametrize("rows,inputs,outputs", [
+    (4680, 1536, 4608), (4680, 1536, 8960), (4680, 8960, 1536), (1500, 256, 768), (14, 64, 96), (129, 48, 272),
+    (1, 32, 32),
+])
 def test_linear(rows, inputs, outputs):
-    x, weight = fp8.quantise(draw(1, rows, inputs)), fp8.quantise(draw(outputs, inputs))
-    bias = torch.randn(outputs, device=CUDA).bfloat16()
-    assert relative(fp8.linear(x, weight, bias), fp8.linear_plain(x, weight, bias.float())) < FAST_SUMS
+    x, weight = fp8.quantise(draw(1, rows, inputs)), fp8.quantise(draw(outputs + 16, inputs))
+    for skip in (0, 16):  # the weights are then a slice
+        some, bias = Rows(*(part[skip:] for part in weight)), torch.randn(outputs + 16 - skip, device=CUDA).bfloat16()
+        got = fp8.linear(x, some, bias)
+        assert got.dtype == torch.bfloat16 and got.shape == (1, rows, outputs + 16 - skip)
+        assert relative(got, fp8.linear_plain(x, some, bias.float())) < ROUNDING
 
 
 @DTYPES
@@ -96,16 +102,19 @@ def test_queries_keys_and_values(dtype, batch, frames, rows, columns, heads, hea
     rope = lambda y: rms_rope_plain(y.float(), weight.float(), 1e-6, turns)
     assert_same_rows(fp8.rms_rope_quantise(q, weight, 1e-6, turns), fp8.quantise_plain(rope(q)))
     mean, scale = torch.randn(batch, heads, head_dim, device=CUDA), torch.rand(batch, heads, device=CUDA) / 50 + 0.01
-    keys = torch.zeros(batch, 2 * tokens + 5, heads, head_dim, device=CUDA).to(fp8.E4M3)
-    fp8.write_keys(k, weight, 1e-6, turns, mean, scale, keys[:, 5 : 5 + tokens])
-    assert relative(keys[:, 5 : 5 + tokens].float(), fp8.less_mean(rope(k), mean, scale).float()) < ROUNDING
+    keys = torch.zeros(batch, 2 * tokens + 5, heads, head_dim, device=CUDA, dtype=torch.int8)
+    key_scales = torch.zeros(batch, heads, 2 * tokens + 5, device=CUDA)
+    written = keys[:, 5 : 5 + tokens], key_scales[..., 5 : 5 + tokens]
+    fp8.write_keys(k, weight, 1e-6, turns, mean, *written)
+    expected = tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in written)
+    fp8.write_less_mean(rope(k), mean, *expected)
+    assert_same_rows(*(Rows(part, scales.transpose(1, 2)[..., None]) for part, scales in (written, expected)))
     values = torch.zeros(batch, heads, head_dim, 2 * tokens + 5, device=CUDA).to(fp8.E4M3)
     fp8.write_values(v, scale, values[..., 3 : 3 + tokens])
     expected = fp8.to_e4m3(v.float() / scale[:, None, :, None]).permute(0, 2, 3, 1)
     assert relative(values[..., 3 : 3 + tokens].float(), expected.float()) < ROUNDING
-    for store, axis in ((keys, 1), (values, 3)):  # and nothing beside it
+    for store, axis, start in ((keys, 1, 5), (key_scales, 2, 5), (values, 3, 3)):  # and nothing beside it
         rest = store.float().transpose(axis, 0)
-        start = 5 if axis == 1 else 3
         assert not rest[:start].any() and not rest[start + tokens :].any()
 
 
@@ -117,16 +126,17 @@ def test_attention(head_dim, batch, queries, keys, heads):
     q, k, v = (torch.randn(batch, n, heads, head_dim, device=CUDA) for n in (queries, keys, keys))
     k[..., 0] += 3
     capacity = -(-keys // 16) * 16 + 16
-    key_scale, value_scale = torch.rand(2, batch, heads, device=CUDA) / 50 + 0.01
+    value_scale = torch.rand(batch, heads, device=CUDA) / 50 + 0.01
     # What lies beyond the keys is no number.
-    store = torch.full((2, batch * capacity * heads * head_dim), 0x7F, dtype=torch.uint8, device=CUDA).view(fp8.E4M3)
-    all_keys = store[0].view(batch, capacity, heads, head_dim)[:, :keys]
-    all_values = store[1].view(batch, heads, head_dim, capacity)[..., :keys]
-    all_keys.copy_(fp8.to_e4m3(k / key_scale[:, None, :, None]))
+    all_keys = torch.full((batch, capacity, heads, head_dim), 127, dtype=torch.int8, device=CUDA)[:, :keys]
+    key_scale = torch.full((batch, heads, capacity), torch.nan, device=CUDA)[..., :keys]
+    store = torch.full((batch, heads, head_dim, capacity), 0x7F, dtype=torch.uint8, device=CUDA)
+    all_values = store.view(fp8.E4M3)[..., :keys]
+    fp8.write_less_mean(k, torch.zeros(batch, heads, head_dim, device=CUDA), all_keys, key_scale)
     fp8.write_values(v, value_scale, all_values)
     held, rows = Held(all_keys, all_values, key_scale, value_scale), fp8.quantise_plain(q)
     got = fp8.attention(rows, held, torch.float32)
-    given = (as_float(rows), all_keys.float() * key_scale[:, None, :, None],
+    given = (as_float(rows), all_keys.float() * key_scale.transpose(1, 2)[..., None],
              (all_values.float() * value_scale[:, :, None, None]).permute(0, 3, 1, 2))
     error = relative(got, exact_attention(*given))  # only the weights are rounded between the two
     assert error < 0.03, error
@@ -135,9 +145,10 @@ def test_attention(head_dim, batch, queries, keys, heads):
 
 def test_sums_over_many_keys_are_not_cut_short():
     """Values that are all alike: Hopper's own sums of e4m3 products lose small terms, and all of them one way."""
-    q, keys = torch.zeros(1, 128, 1, 128, device=CUDA), torch.zeros(1, 18720, 1, 128, device=CUDA).to(fp8.E4M3)
+    q, keys = torch.zeros(1, 128, 1, 128, device=CUDA), torch.zeros(1, 18720, 1, 128, device=CUDA, dtype=torch.int8)
     values, one = torch.ones(1, 1, 128, 18720, device=CUDA).to(fp8.E4M3), torch.ones(1, 1, device=CUDA)
-    got = fp8.attention(fp8.quantise_plain(q), Held(keys, values, one, one), torch.float32)
+    held = Held(keys, values, torch.ones(1, 1, 18720, device=CUDA), one)
+    got = fp8.attention(fp8.quantise_plain(q), held, torch.float32)
     assert (got - 1).abs().max() < 1e-3
 
 
@@ -145,8 +156,9 @@ def test_lengths_that_change_compile_nothing():
     def call(queries: int, keys: int) -> int:
         """How many kernels there are after attention of these lengths."""
         q, one = fp8.quantise_plain(torch.randn(1, queries, 2, 64, device=CUDA)), torch.ones(1, 2, device=CUDA)
-        k, v = torch.zeros(1, keys, 2, 64, device=CUDA), torch.zeros(1, 2, 64, -(-keys // 16) * 16, device=CUDA)
-        held = Held(k.to(fp8.E4M3), v.to(fp8.E4M3)[..., :keys], one, one)
+        k, capacity = torch.zeros(1, keys, 2, 64, device=CUDA, dtype=torch.int8), -(-keys // 16) * 16
+        v, scales = torch.zeros(1, 2, 64, capacity, device=CUDA), torch.ones(1, 2, capacity, device=CUDA)
+        held = Held(k, v.to(fp8.E4M3)[..., :keys], scales[..., :keys], one)
         fp8.attention(q, held, torch.float32)
         return sum(len(kernels) for kernels, *_ in _attention.device_caches.values())
 
@@ -164,7 +176,7 @@ def engine():
 
 def test_model_is_as_near_to_full_precision_as_the_plain_one(engine):
     fast = fp8_quality.measure(engine, 15, "a")
-    assert max(max(errors) for errors in fast.flow.values()) < 0.08 and min(fast.psnr) > 25, fast
+    assert max(max(errors) for errors in fast.flow.values()) < 0.05 and min(fast.psnr) > 25, fast
     slow_engine = copy.copy(engine)
     slow_engine.generator, slow_engine.device = copy.deepcopy(engine.generator).cpu(), torch.device("cpu")
     slow_engine.decoder = copy.deepcopy(engine.decoder).to(torch.device("cpu"))

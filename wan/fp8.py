@@ -1,10 +1,12 @@
-"""The transformer's blocks in FP8: their linear layers, self-attention and K/V cache hold and multiply e4m3."""
+"""The transformer's blocks with 8 bits, where that is faster: the linear layers of q, k, v and the feed-forward
+multiply int8, self-attention multiplies what the K/V cache holds, int8 keys and e4m3 values. Square layers stay as they
+are: to round what goes into them would take longer than a product of 8 bits saves."""
 
 import torch
 from torch import Tensor, nn
 
 from wan.fp8_cache import QuantisedKVCache
-from wan.kernels import gated
+from wan.kernels import gated, gated_norm
 from wan.kernels.fp8 import (
     Rows,
     add_modulate_quantise,
@@ -14,23 +16,26 @@ from wan.kernels.fp8 import (
     modulate_quantise,
     quantise,
     rms_rope_quantise,
+    smoothing,
 )
 from wan.model import Block, CausalWan, SelfAttention
 
 
-class Fp8Linear(nn.Module):
-    """Linear layers of one input, their outputs side by side. Weights are e4m3, with a scale for each output."""
+class Int8Linear(nn.Module):
+    """Linear layers of one input, their outputs side by side. Weights are int8, with a scale for each output."""
 
     def __init__(self, *layers: nn.Linear):
         super().__init__()
-        weight = quantise(torch.cat([layer.weight.detach() for layer in layers]))
+        full = torch.cat([layer.weight.detach() for layer in layers])
+        self.register_buffer("smooth", smoothing(full))  # [C], of what x is to be multiplied by before it is rounded
+        weight = quantise(full.float() / self.smooth)
         self.register_buffer("weight", weight.values)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("bias", torch.cat([layer.bias.detach() for layer in layers]))
 
     def forward(self, x: Tensor | Rows, skip: int = 0) -> Tensor:
         """x [..., C] → [..., C'], without the first `skip` outputs."""
-        x = x if isinstance(x, Rows) else quantise(x)
+        x = x if isinstance(x, Rows) else quantise(x, self.smooth)
         return linear(x, Rows(self.weight[skip:], self.scale[skip:]), self.bias[skip:])
 
 
@@ -38,8 +43,8 @@ class Fp8SelfAttention(nn.Module):
     def __init__(self, full: SelfAttention):
         super().__init__()
         self.head_dim = full.head_dim
-        self.qkv = Fp8Linear(full.q, full.k, full.v)
-        self.o = Fp8Linear(full.o)
+        self.qkv = Int8Linear(full.q, full.k, full.v)
+        self.o = full.o
         self.norm_q, self.norm_k = full.norm_q, full.norm_k
 
     def heads(self, x: Tensor) -> Tensor:
@@ -60,38 +65,36 @@ class Fp8SelfAttention(nn.Module):
 
 
 class Fp8Block(nn.Module):
-    """A Block, of which only the keys and values of the prompt stay as they were; they are made once a prompt."""
+    """A Block whose cross-attention stays as it was."""
 
     def __init__(self, full: Block):
         super().__init__()
         self.eps, self.modulation = full.eps, full.modulation
         self.self_attn = Fp8SelfAttention(full.self_attn)
-        # An affine LayerNorm is one without weights, modulated.
-        self.register_buffer("shift3", full.norm3.bias.detach().float()[None, None, None])
-        self.register_buffer("scale3", full.norm3.weight.detach().float()[None, None, None] - 1)
-        self.cross_attn = full.cross_attn
-        self.cross_attn.q, self.cross_attn.o = Fp8Linear(full.cross_attn.q), Fp8Linear(full.cross_attn.o)
-        self.wide, self.narrow = Fp8Linear(full.ffn[0]), Fp8Linear(full.ffn[2])
+        self.norm3, self.cross_attn = full.norm3, full.cross_attn
+        self.wide, self.narrow = Int8Linear(full.ffn[0]), Int8Linear(full.ffn[2])
 
     def remember(self, x: Tensor, e0: Tensor, turns: Tensor, cache: QuantisedKVCache, layer: int) -> None:
         """As Block.remember."""
         shift, scale, *_ = (self.modulation[:, None] + e0).split(1, dim=2)
-        self.self_attn.remember(modulate_quantise(x, shift, scale, self.eps), turns, cache, layer)
+        y = modulate_quantise(x, shift, scale, self.eps, self.self_attn.qkv.smooth)
+        self.self_attn.remember(y, turns, cache, layer)
 
     def forward(self, x: Tensor, e0: Tensor, turns: Tensor, cache: QuantisedKVCache, layer: int,
                 text: tuple[Tensor, Tensor]) -> Tensor:
         """x [B, F, L, dim], e0 [B, F, 6, dim] → [B, F, L, dim]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + e0).split(1, dim=2)
-        y = self.self_attn(modulate_quantise(x, shift1, scale1, self.eps), turns, cache, layer)
-        x, y = add_modulate_quantise(x, gate1, y.view_as(x), self.shift3, self.scale3, self.eps)
-        y = self.cross_attn(y, text)
-        x, y = add_modulate_quantise(x, None, y.view_as(x), shift2, scale2, self.eps)
-        return gated(x, gate2, self.narrow(gelu_quantise(self.wide(y))).view_as(x))
+        y = modulate_quantise(x, shift1, scale1, self.eps, self.self_attn.qkv.smooth)
+        y = self.self_attn(y, turns, cache, layer)
+        x, y = gated_norm(x, gate1, y.view_as(x), self.norm3.weight, self.norm3.bias, self.eps)
+        y = self.cross_attn(y.flatten(1, 2), text)
+        x, y = add_modulate_quantise(x, y.view_as(x), shift2, scale2, self.eps, self.wide.smooth)
+        return gated(x, gate2, self.narrow(gelu_quantise(self.wide(y), self.narrow.smooth)).view_as(x))
 
 
 def to_fp8(model: CausalWan, device: torch.device) -> CausalWan:
-    """`model` itself, its blocks in FP8 and on `device`, and its cache to match. On a CPU all of it is computed by the
-    plain versions, which are slow: a reference for what a GPU computes."""
+    """`model` itself, its blocks with 8 bits and on `device`, and its cache to match. On a CPU all of it is computed by
+    the plain versions, which are slow: a reference for what a GPU computes."""
     for index, block in enumerate(model.blocks):
         model.blocks[index] = Fp8Block(block.to(device))
     model.cache_type = QuantisedKVCache

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.kernels import rms_rope
-from wan.kernels.fp8 import E4M3, Held, less_mean, scale_of, write_keys, write_values
+from wan.kernels.fp8 import E4M3, Held, scale_of, write_keys, write_less_mean, write_values
 from wan.kv_cache import KVCache
 from wan.rope import frame_pairs
 
@@ -11,38 +11,40 @@ ALIGNMENT = 16  # bytes; GPUs copy tiles only of rows that begin at multiples of
 
 
 class QuantisedKVCache(KVCache):
-    """A KVCache that holds e4m3, in half the memory, and returns what `wan.kernels.fp8.attention` takes.
+    """A KVCache that holds 8 bits of each number, in half the memory, and returns what `wan.kernels.fp8.attention`
+    takes.
 
-    keys: per layer [B, slots·tokens, H, D]; values: [B, H, D, slots·tokens].
+    keys: per layer int8 [B, slots·tokens, H, D], key_scales: float32 [B, H, slots·tokens]; values: e4m3
+    [B, H, D, slots·tokens].
 
-    Each head has one scale for its keys, one for its values, and one vector that is taken from its keys, their mean:
-    softmax does not see what all keys have in common, and without it they are rounded less (SageAttention,
-    arXiv:2410.02367). The first block that is written fixes them, until everything is forgotten; so all keys that a
-    query meets lack the same vector, which makes this exact in any order of blocks, and is why it need not be the mean
-    of later ones. Channels that turn with the frame keep theirs, which would soon point elsewhere.
+    Each head has one scale for its values, and one vector that is taken from its keys, their mean: softmax does not see
+    what all keys have in common, and without it they are rounded less (SageAttention, arXiv:2410.02367). The first
+    block that is written fixes both, until everything is forgotten; so all keys that a query meets lack the same
+    vector, which makes this exact in any order of blocks, and is why it need not be the mean of later ones. Channels
+    that turn with the frame keep theirs, which would soon point elsewhere.
     """
 
     value_axis = 3
 
-    def __init__(self, *, dtype: torch.dtype, **sizes):
+    def __init__(self, *, layers: int, batch: int, heads: int, dtype: torch.dtype, device, **sizes):
         """As of a KVCache. dtype: of the sink's keys, which relative RoPE turns before they are rounded."""
-        super().__init__(dtype=E4M3, **sizes)
+        self.key_scales = [torch.empty(batch, heads, 0, device=device) for _ in range(layers)]
+        super().__init__(layers=layers, batch=batch, heads=heads, dtype=E4M3, device=device, **sizes)
         self._dtype = dtype
-        self._fixed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # layer → mean [B, H, D], both scales [B, H]
+        self._fixed: dict[int, tuple[Tensor, Tensor]] = {}  # layer → mean [B, H, D], scale of values [B, H]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> Held:
         """As KVCache.update."""
         self._look_at(layer, k, v)
-        mean, scale, _ = self._fixed[layer]
-        self.keys[layer][:, self._block] = less_mean(k, mean, scale)
+        self._write_rounded(layer, k, self._block)
         return self._take_values(layer, v)
 
     def write(self, layer: int, k: Tensor, v: Tensor, norm: nn.RMSNorm, turns: Tensor) -> Held:
         """`update` with the keys [B, S, dim] before norm and RoPE; v [B, S, H, D]."""
         if layer not in self._fixed or self._sink_tokens():
             self._look_at(layer, rms_rope(k, norm.weight, norm.eps, turns), v)
-        mean, scale, _ = self._fixed[layer]
-        write_keys(k, norm.weight, norm.eps, turns, mean, scale, self.keys[layer][:, self._block])
+        write_keys(k, norm.weight, norm.eps, turns, self._fixed[layer][0], self.keys[layer][:, self._block],
+                   self.key_scales[layer][..., self._block])
         return self._take_values(layer, v)
 
     def rewind(self, keep_sink: bool) -> None:
@@ -51,18 +53,18 @@ class QuantisedKVCache(KVCache):
             self._fixed = {}
 
     def _take_values(self, layer: int, v: Tensor) -> Held:
-        _, key_scale, value_scale = self._fixed[layer]
+        _, value_scale = self._fixed[layer]
         write_values(v, value_scale, self.values[layer][..., self._block])
         filled = len(self.positions) * self.tokens
-        return Held(self.keys[layer][:, :filled], self.values[layer][..., :filled], key_scale, value_scale)
+        return Held(self.keys[layer][:, :filled], self.values[layer][..., :filled],
+                    self.key_scales[layer][..., :filled], value_scale)
 
     def _look_at(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Takes from unrounded k and v [B, S, H, D] what is to be known of them."""
         if layer not in self._fixed:
             mean = k.float().mean(1)
             mean[..., : 2 * frame_pairs(k.shape[-1])] = 0
-            scales = (scale_of(x, (1, 3), HEADROOM)[:, 0, :, 0] for x in (k.float() - mean[:, None], v))
-            self._fixed[layer] = (mean, *scales)
+            self._fixed[layer] = (mean, scale_of(v, (1, 3), HEADROOM)[:, 0, :, 0])
         if count := self._sink_tokens():
             if self._sink_keys is None:
                 shape = [keys.shape for keys in self.keys]
@@ -77,7 +79,14 @@ class QuantisedKVCache(KVCache):
 
     def _grow(self, tokens: int) -> None:
         super()._grow(tokens + -(self.keys[0].shape[1] + tokens) % ALIGNMENT)
+        for layer, keys in enumerate(self.keys):
+            self.keys[layer] = keys.view(torch.int8)  # KVCache makes keys and values of one type
+            old = self.key_scales[layer]
+            more = old.new_empty(*old.shape[:2], keys.shape[1] - old.shape[2])
+            self.key_scales[layer] = torch.cat([old, more], 2)
 
     def _write_sink(self, layer: int, keys: Tensor) -> None:
-        mean, scale, _ = self._fixed[layer]
-        self.keys[layer][:, : keys.shape[1]] = less_mean(keys, mean, scale)
+        self._write_rounded(layer, keys, slice(0, keys.shape[1]))
+
+    def _write_rounded(self, layer: int, keys: Tensor, where: slice) -> None:
+        write_less_mean(keys, self._fixed[layer][0], self.keys[layer][:, where], self.key_scales[layer][..., where])

@@ -1,8 +1,9 @@
-"""What the transformer does in FP8 (e4m3). On a GPU these are `torch._scaled_mm` and Triton kernels; the plain versions
-beside them round to e4m3 in the same places and compute in float32.
+"""What the transformer does with 8 bits. On a GPU these are Triton kernels; the plain versions beside them round in the
+same places and compute in float32.
 
-e4m3 is a floating-point format: where a value is neither above 448 nor below 2^-6 in size, its rounding error is up to
-1/16 of it, whatever the scale. Scales need not be tight, only safe.
+Linear layers and queries·keys are products of int8 rows, each with a scale of its own: where values are spread like a
+normal distribution, its steps are a third of e4m3's. Values, and the weights of the softmax, are e4m3, for what is
+summed there spans more magnitudes than int8 has, and a channel's values can't have a scale for each token.
 """
 
 import math
@@ -12,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.kernels import gated_plain, modulate_plain, rms_rope_plain
+from wan.kernels import modulate_plain, rms_rope_plain
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448; beyond it a cast gives NaN
+STEPS = 127  # of int8, from zero to the largest value of a row
 HEAD_DIMS = (64, 128)  # of `attention` on a GPU
 LEAST = 1e-12  # of what a scale is made of, so that a row of zeros has one
 
 
 class Rows(NamedTuple):
-    """x [..., C] as values·scale: e4m3 [..., C] and float32 [..., 1]."""
+    """x [..., C] as values·scale: int8 [..., C] and float32 [..., 1]. What is no number makes the scale none."""
 
     values: Tensor
     scale: Tensor
@@ -31,9 +33,9 @@ class Held(NamedTuple):
     """The keys and values to attend to. Keys are keys·key_scale, but for a vector that all keys of a head lack;
     values are values·value_scale, each channel's in one piece, as the tensor cores want them."""
 
-    keys: Tensor  # e4m3 [B, S, H, D]
+    keys: Tensor  # int8 [B, S, H, D]
     values: Tensor  # e4m3 [B, H, D, S]
-    key_scale: Tensor  # float32 [B, H]
+    key_scale: Tensor  # float32 [B, H, S]
     value_scale: Tensor  # float32 [B, H]
 
 
@@ -43,77 +45,89 @@ def to_e4m3(x: Tensor) -> Tensor:
 
 
 def scale_of(x: Tensor, dims: tuple[int, ...] | int, headroom: float = 1.0) -> Tensor:
-    """What x is to be divided by for its largest value along `dims`, kept with size 1, to be 448/headroom."""
+    """What x is to be divided by for its largest value along `dims`, kept with size 1, to be e4m3's 448/headroom. As
+    e4m3 is a floating-point format, a value that is neither above 448 nor below 2^-6 is rounded by up to 1/16 of its
+    size, whatever the scale: it need not be tight, only safe."""
     return x.abs().amax(dims, keepdim=True).float().clamp_min(LEAST) * (headroom / LARGEST)
 
 
-def quantise(x: Tensor) -> Rows:
-    """x [..., C], each row with a scale of its own."""
+def smoothing(weight: Tensor) -> Tensor:
+    """s, float32 [C], for (x·s)·(weight/s)ᵀ in place of x·weightᵀ; weight [C', C].
+
+    s is how large the columns are, as roots of mean squares, with each row taken as of the same size. Divided by it, no
+    column is lost beside a larger one; multiplied by it, a channel of x is as large as its part in the product, and
+    one that is large because its weights are small leaves more steps to the others. This is SmoothQuant (Xiao et al.
+    2023, arXiv:2211.10438) from the weights alone, without data."""
+    squares = weight.float().square()
+    sizes = (squares / squares.mean(1, keepdim=True).clamp_min(LEAST**2)).mean(0).sqrt()
+    return sizes.clamp_min(1e-2)  # not 0, for a column of zeros; in all, the mean of squares is 1
+
+
+def quantise(x: Tensor, smooth: Tensor | None = None) -> Rows:
+    """x [..., C], or x·smooth, each row with a scale of its own. smooth float32 [C]."""
     if x.is_cuda:
         from wan.kernels import triton_fp8  # not before: Triton needs a GPU driver
 
-        return Rows(*triton_fp8.quantise(x, gelu=False))
-    return quantise_plain(x)
+        return Rows(*triton_fp8.quantise(x, smooth, gelu=False))
+    return quantise_plain(x, smooth)
 
 
-def quantise_plain(x: Tensor) -> Rows:
-    scale = scale_of(x, -1)
-    return Rows(to_e4m3(x.float() / scale), scale)
+def quantise_plain(x: Tensor, smooth: Tensor | None = None) -> Rows:
+    x = x.float() if smooth is None else x.float() * smooth
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(LEAST) / STEPS
+    return Rows((x / scale).round().to(torch.int8), scale)
 
 
-def gelu_quantise(x: Tensor) -> Rows:
+def gelu_quantise(x: Tensor, smooth: Tensor) -> Rows:
     """GELU by tanh, then `quantise`. x [..., C]."""
     if x.is_cuda:
         from wan.kernels import triton_fp8
 
-        return Rows(*triton_fp8.quantise(x, gelu=True))
-    return gelu_quantise_plain(x)
+        return Rows(*triton_fp8.quantise(x, smooth, gelu=True))
+    return gelu_quantise_plain(x, smooth)
 
 
-def gelu_quantise_plain(x: Tensor) -> Rows:
-    return quantise_plain(F.gelu(x.float(), approximate="tanh"))
+def gelu_quantise_plain(x: Tensor, smooth: Tensor) -> Rows:
+    return quantise_plain(F.gelu(x.float(), approximate="tanh"), smooth)
 
 
-def add_modulate_quantise(x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor,
-                          eps: float) -> tuple[Tensor, Rows]:
-    """x + gate·y, or x + y, and `modulate_quantise` of that. y as x, gate [B, F, 1, dim]."""
+def add_modulate_quantise(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float,
+                          smooth: Tensor) -> tuple[Tensor, Rows]:
+    """x + y, and `modulate_quantise` of that. y as x."""
     if x.is_cuda:
         from wan.kernels import triton_fp8
 
-        x, *rows = triton_fp8.modulate_quantise(x, shift, scale, eps, y, gate)
+        x, *rows = triton_fp8.modulate_quantise(x, shift, scale, eps, smooth, y)
         return x, Rows(*rows)
-    return add_modulate_quantise_plain(x, gate, y, shift, scale, eps)
+    return add_modulate_quantise_plain(x, y, shift, scale, eps, smooth)
 
 
-def add_modulate_quantise_plain(x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Tensor,
-                                eps: float) -> tuple[Tensor, Rows]:
-    x = x + y if gate is None else gated_plain(x, gate, y)
-    return x, modulate_quantise_plain(x, shift, scale, eps)
+def add_modulate_quantise_plain(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float,
+                                smooth: Tensor) -> tuple[Tensor, Rows]:
+    return x + y, modulate_quantise_plain(x + y, shift, scale, eps, smooth)
 
 
-def modulate_quantise(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Rows:
-    """`wan.kernels.modulate`, then `quantise`. x [B, F, L, dim], shift and scale [B or 1, F or 1, 1, dim]
-    → [B, F·L, dim]."""
+def modulate_quantise(x: Tensor, shift: Tensor, scale: Tensor, eps: float, smooth: Tensor) -> Rows:
+    """`wan.kernels.modulate`, then `quantise`. x [B, F, L, dim], shift and scale [B, F, 1, dim] → [B, F·L, dim]."""
     if x.is_cuda:
         from wan.kernels import triton_fp8
 
-        _, *rows = triton_fp8.modulate_quantise(x, shift, scale, eps)
+        _, *rows = triton_fp8.modulate_quantise(x, shift, scale, eps, smooth)
         return Rows(*rows)
-    return modulate_quantise_plain(x, shift, scale, eps)
+    return modulate_quantise_plain(x, shift, scale, eps, smooth)
 
 
-def modulate_quantise_plain(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Rows:
-    return quantise_plain(modulate_plain(x.float(), shift.float(), scale.float(), eps).flatten(1, 2))
+def modulate_quantise_plain(x: Tensor, shift: Tensor, scale: Tensor, eps: float, smooth: Tensor) -> Rows:
+    return quantise_plain(modulate_plain(x.float(), shift.float(), scale.float(), eps).flatten(1, 2), smooth)
 
 
 def linear(x: Rows, weight: Rows, bias: Tensor) -> Tensor:
-    """x·weightᵀ + bias. x [..., C], weight [C', C], bias [C'] → [..., C'] in the dtype of the bias, which must be
-    bfloat16 on a GPU; there C and C' must be multiples of 16."""
+    """x·weightᵀ + bias. x [..., C], weight [C', C], bias [C'] → [..., C'] in the dtype of the bias. On a GPU C must be
+    a multiple of 16."""
     if x.values.is_cuda:
-        rows = x.values.flatten(0, -2)
-        y = torch._scaled_mm(rows, weight.values.t(), scale_a=x.scale.view(-1, 1), scale_b=weight.scale.view(1, -1),
-                             bias=bias, out_dtype=bias.dtype, use_fast_accum=True)
-        return y.unflatten(0, x.values.shape[:-1])
+        from wan.kernels import triton_int8_linear
+
+        return triton_int8_linear.linear(*x, *weight, bias)
     return linear_plain(x, weight, bias)
 
 
@@ -131,20 +145,22 @@ def rms_rope_quantise(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> R
     return quantise_plain(rms_rope_plain(x.float(), weight.float(), eps, turns))
 
 
-def write_keys(x: Tensor, weight: Tensor, eps: float, turns: Tensor, mean: Tensor, scale: Tensor, out: Tensor) -> None:
-    """out ← (`wan.kernels.rms_rope` of x − mean)/scale, in e4m3. x [B, S, dim], mean [B, H, D], scale [B, H],
-    out [B, S, H, D], which may be a slice of longer samples."""
+def write_keys(x: Tensor, weight: Tensor, eps: float, turns: Tensor, mean: Tensor, out: Tensor, scale: Tensor) -> None:
+    """out, scale ← `wan.kernels.rms_rope` of x, − mean, each head quantised. x [B, S, dim], mean [B, H, D],
+    out int8 [B, S, H, D] and scale [B, H, S], which may be slices of longer samples and rows."""
     if x.is_cuda:
         from wan.kernels import triton_fp8
 
-        triton_fp8.write_keys(x, weight, eps, turns, mean, scale, out)
+        triton_fp8.write_keys(x, weight, eps, turns, mean, out, scale)
     else:
-        out.copy_(less_mean(rms_rope_plain(x.float(), weight.float(), eps, turns), mean, scale))
+        write_less_mean(rms_rope_plain(x.float(), weight.float(), eps, turns), mean, out, scale)
 
 
-def less_mean(keys: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """(keys − mean)/scale in e4m3. keys [B, S, H, D], mean [B, H, D], scale [B, H]."""
-    return to_e4m3((keys.float() - mean[:, None]) / scale[:, None, :, None])
+def write_less_mean(keys: Tensor, mean: Tensor, out: Tensor, scale: Tensor) -> None:
+    """out, scale ← keys − mean, each head quantised. keys [B, S, H, D]; as `write_keys`."""
+    rows = quantise_plain(keys.float() - mean[:, None])
+    out.copy_(rows.values)
+    scale.copy_(rows.scale[..., 0].transpose(1, 2))
 
 
 def write_values(x: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -168,7 +184,7 @@ def attention(q: Rows, held: Held, dtype: torch.dtype) -> Tensor:
 
 def attention_plain(q: Rows, held: Held, dtype: torch.dtype) -> Tensor:
     scores = torch.einsum("bqhd,bkhd->bhqk", q.values.float() * q.scale, held.keys.float())
-    scores = scores * held.key_scale[:, :, None, None] / math.sqrt(q.values.shape[-1])
+    scores = scores * held.key_scale[:, :, None] / math.sqrt(q.values.shape[-1])
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     products = torch.einsum("bhqk,bhdk->bhqd", to_e4m3(weights * LARGEST).float(), held.values.float())
     products = products * held.value_scale[:, :, None, None] / (weights.sum(-1, keepdim=True) * LARGEST)

@@ -1,4 +1,4 @@
-"""Triton versions of the element-wise parts of FP8; the plain ones are in `wan.kernels.fp8`."""
+"""Triton versions of the element-wise parts of the 8-bit blocks; the plain ones are in `wan.kernels.fp8`."""
 
 import math
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wan.kernels.fp8 import E4M3, LEAST
+from wan.kernels.fp8 import LEAST
 
 TOKENS = 64  # of a tile of values
 
@@ -18,37 +18,54 @@ def _to_e4m3(x):
 
 
 @triton.jit
-def _store_row(value, out, scales, row, channel, mask, least, DIM: tl.constexpr):
-    """Writes a row in e4m3, and its scale."""
-    largest = tl.maximum(tl.max(tl.abs(value), 0), least)
-    tl.store(scales + row, largest / 448.0)
-    tl.store(out + row * DIM + channel, _to_e4m3(value * (448.0 / largest)), mask)
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _quantise(x, out, scales, least, DIM: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+def _largest(value, axis: tl.constexpr, least):
+    """Of the sizes of `value`, or `least`; no number where one of them is none."""
+    return _larger(tl.reduce(tl.abs(value), axis, _larger), least)
+
+
+@triton.jit
+def _to_int8(x):
+    """Rounded, of values up to 127 in size."""
+    return tl.floor(x + 0.5).to(tl.int8)
+
+
+@triton.jit
+def _store_row(value, out, scales, row, channel, mask, least, DIM: tl.constexpr):
+    """Writes a row in int8, and its scale."""
+    largest = _largest(value, 0, least)
+    tl.store(scales + row, largest / 127.0)
+    tl.store(out + row * DIM + channel, _to_int8(value * (127.0 / largest)), mask)
+
+
+@triton.jit
+def _quantise(x, smooth, out, scales, least, DIM: tl.constexpr, BLOCK: tl.constexpr, SMOOTHS: tl.constexpr,
+              GELU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = channel < DIM
     value = tl.load(x + row * DIM + channel, mask, other=0.0).to(tl.float32)
     if GELU:  # (1 + tanh(u))/2 = sigmoid(2u), u = √(2/π)·(x + 0.044715·x³)
         value = value * tl.sigmoid(1.5957691216057308 * value * (1 + 0.044715 * value * value))
+    if SMOOTHS:
+        value *= tl.load(smooth + channel, mask, other=0.0)
     _store_row(value, out, scales, row, channel, mask, least, DIM)
 
 
 @triton.jit
-def _modulate_quantise(x, y, gate, sums, shift, scale, out, scales, per_frame, gate_stride, frame_stride, eps, least,
-                       DIM: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, IS_GATED: tl.constexpr):
-    """ADDS: first x + y, or x + gate·y, which goes to `sums`."""
+def _modulate_quantise(x, y, sums, shift, scale, smooth, out, scales, per_frame, frame_stride, eps, least,
+                       DIM: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr):
+    """ADDS: first x + y, which goes to `sums`."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = channel < DIM
     value = tl.load(x + row * DIM + channel, mask, other=0.0).to(tl.float32)
     if ADDS:
-        change = tl.load(y + row * DIM + channel, mask, other=0.0).to(tl.float32)
-        if IS_GATED:
-            change *= tl.load(gate + row // per_frame * gate_stride + channel, mask, other=0.0).to(tl.float32)
-        rounded = (value + change).to(sums.dtype.element_ty)
+        rounded = (value + tl.load(y + row * DIM + channel, mask, other=0.0).to(tl.float32)).to(sums.dtype.element_ty)
         tl.store(sums + row * DIM + channel, rounded, mask)
         value = rounded.to(tl.float32)
     mean = tl.sum(value, 0) / DIM
@@ -57,6 +74,7 @@ def _modulate_quantise(x, y, gate, sums, shift, scale, out, scales, per_frame, g
     frame = row // per_frame * frame_stride + channel
     value = centred * inverse * (1 + tl.load(scale + frame, mask, other=0.0).to(tl.float32))
     value += tl.load(shift + frame, mask, other=0.0).to(tl.float32)
+    value *= tl.load(smooth + channel, mask, other=0.0)
     _store_row(value, out, scales, row, channel, mask, least, DIM)
 
 
@@ -75,31 +93,23 @@ def _rms_rope(x, weight, turns, token, channel, mask, eps, DIM: tl.constexpr, BL
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _rms_rope_quantise(x, weight, turns, out, scales, tokens, row_stride, eps, least, DIM: tl.constexpr,
-                       BLOCK: tl.constexpr, D: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, BLOCK)
-    mask = channel < DIM
-    value = _rms_rope(x + row * row_stride, weight, turns, row % tokens, channel, mask, eps, DIM, BLOCK, D)
-    heads = tl.reshape(value, [BLOCK // D, D])
-    largest = tl.maximum(tl.max(tl.abs(heads), 1), least)
-    head = tl.arange(0, BLOCK // D)
-    tl.store(scales + row * (DIM // D) + head, largest / 448.0, head < DIM // D)
-    value = tl.reshape(heads * (448.0 / largest)[:, None], [BLOCK])
-    tl.store(out + row * DIM + channel, _to_e4m3(value), mask)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _write_keys(x, weight, turns, mean, scale, out, tokens, row_stride, sample_stride, eps, DIM: tl.constexpr,
-                BLOCK: tl.constexpr, D: tl.constexpr):
+def _rms_rope_quantise(x, weight, turns, mean, out, scales, tokens, row_stride, out_sample_stride, scale_sample_stride,
+                       scale_head_stride, scale_token_stride, eps, least, DIM: tl.constexpr, BLOCK: tl.constexpr,
+                       D: tl.constexpr, HAS_MEAN: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     sample, token = row // tokens, row % tokens
     channel = tl.arange(0, BLOCK)
     mask = channel < DIM
     value = _rms_rope(x + row * row_stride, weight, turns, token, channel, mask, eps, DIM, BLOCK, D)
-    value -= tl.load(mean + sample * DIM + channel, mask, other=0.0)
-    value /= tl.load(scale + sample * (DIM // D) + channel // D, mask, other=1.0)
-    tl.store(out + sample * sample_stride + token * DIM + channel, _to_e4m3(value), mask)
+    if HAS_MEAN:
+        value -= tl.load(mean + sample * DIM + channel, mask, other=0.0)
+    heads = tl.reshape(value, [BLOCK // D, D])
+    largest = _largest(heads, 1, least)
+    head = tl.arange(0, BLOCK // D)
+    places = scales + sample * scale_sample_stride + head * scale_head_stride + token * scale_token_stride
+    tl.store(places, largest / 127.0, head < DIM // D)
+    value = tl.reshape(heads * (127.0 / largest)[:, None], [BLOCK])
+    tl.store(out + sample * out_sample_stride + token * DIM + channel, _to_int8(value), mask)
 
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["out"])
@@ -124,28 +134,27 @@ def _row_sizes(dim: int) -> dict[str, int]:
 
 
 def _empty_rows(shape: torch.Size | tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    return (torch.empty(shape, dtype=E4M3, device=device),
+    return (torch.empty(shape, dtype=torch.int8, device=device),
             torch.empty((*shape[:-1], 1), dtype=torch.float32, device=device))
 
 
-def quantise(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, smooth: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
     x, dim = x.contiguous(), x.shape[-1]
     out, scales = _empty_rows(x.shape, x.device)
-    _quantise[(x.numel() // dim,)](x, out, scales, LEAST, GELU=gelu, **_row_sizes(dim))
+    _quantise[(x.numel() // dim,)](x, x if smooth is None else smooth, out, scales, LEAST, SMOOTHS=smooth is not None,
+                                   GELU=gelu, **_row_sizes(dim))
     return out, scales
 
 
-def modulate_quantise(x: Tensor, shift: Tensor, scale: Tensor, eps: float, y: Tensor | None = None,
-                      gate: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, or of x + y, or x + gate·y, which is returned first."""
+def modulate_quantise(x: Tensor, shift: Tensor, scale: Tensor, eps: float, smooth: Tensor,
+                      y: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, or of x + y, which is returned first."""
     x, (batch, frames, tokens, dim) = x.contiguous(), x.shape
     sums = x if y is None else torch.empty_like(x)
     out, scales = _empty_rows((batch, frames * tokens, dim), x.device)
-    gate_stride = 0 if gate is None else _frame_stride(gate, gate, batch * frames)
     _modulate_quantise[(batch * frames * tokens,)](
-        x, x if y is None else y.contiguous(), x if gate is None else gate, sums, shift, scale, out, scales, tokens,
-        gate_stride, _frame_stride(shift, scale, batch * frames), eps, LEAST, ADDS=y is not None,
-        IS_GATED=gate is not None, **_row_sizes(dim),
+        x, x if y is None else y.contiguous(), sums, shift, scale, smooth, out, scales, tokens,
+        _frame_stride(shift, scale, batch * frames), eps, LEAST, ADDS=y is not None, **_row_sizes(dim),
     )
     return sums, out, scales
 
@@ -153,17 +162,24 @@ def modulate_quantise(x: Tensor, shift: Tensor, scale: Tensor, eps: float, y: Te
 def rms_rope_quantise(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> tuple[Tensor, Tensor]:
     (batch, tokens, dim), head_dim = x.shape, 2 * turns.shape[-1]
     out, scales = _empty_rows((batch, tokens, dim // head_dim, head_dim), x.device)
-    _rms_rope_quantise[(batch * tokens,)](x, weight, torch.view_as_real(turns), out, scales, tokens, _row_stride(x),
-                                          eps, LEAST, D=head_dim, **_row_sizes(dim))
+    _launch_rms_rope(x, weight, eps, turns, None, out, scales[..., 0].transpose(1, 2))
     return out, scales
 
 
-def write_keys(x: Tensor, weight: Tensor, eps: float, turns: Tensor, mean: Tensor, scale: Tensor, out: Tensor) -> None:
-    (batch, tokens, dim), head_dim = x.shape, 2 * turns.shape[-1]
-    if out.stride()[1:] != (dim, head_dim, 1):
-        raise ValueError(f"keys of strides {out.stride()} are not rows of {dim}")
-    _write_keys[(batch * tokens,)](x, weight, torch.view_as_real(turns), mean, scale, out, tokens, _row_stride(x),
-                                   out.stride(0), eps, D=head_dim, **_row_sizes(dim))
+def write_keys(x: Tensor, weight: Tensor, eps: float, turns: Tensor, mean: Tensor, out: Tensor, scale: Tensor) -> None:
+    if out.stride()[1:] != (x.shape[-1], out.shape[-1], 1):
+        raise ValueError(f"keys of strides {out.stride()} are not rows of {x.shape[-1]}")
+    _launch_rms_rope(x, weight, eps, turns, mean, out, scale)
+
+
+def _launch_rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor, mean: Tensor | None, out: Tensor,
+                     scale: Tensor) -> None:
+    """scale [B, H, S]."""
+    batch, tokens, dim = x.shape
+    _rms_rope_quantise[(batch * tokens,)](
+        x, weight, torch.view_as_real(turns), x if mean is None else mean, out, scale, tokens, _row_stride(x),
+        out.stride(0), *scale.stride(), eps, LEAST, D=out.shape[-1], HAS_MEAN=mean is not None, **_row_sizes(dim),
+    )
 
 
 def write_values(x: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -185,11 +201,9 @@ def _row_stride(x: Tensor) -> int:
 
 
 def _frame_stride(shift: Tensor, scale: Tensor, frames: int) -> int:
-    """Distance in memory from a frame's modulation to the next one's; 0 where all frames have the same."""
+    """Distance in memory from a frame's modulation to the next one's."""
     if shift.stride() != scale.stride() or shift.stride(-1) != 1:
         raise ValueError(f"modulation with strides {shift.stride()} and {scale.stride()} is not alike")
-    if shift.numel() == shift.shape[-1]:
-        return 0
     stride = shift.stride(1)
     if shift.shape[0] * shift.shape[1] != frames or shift.stride(0) != stride * shift.shape[1]:
         raise ValueError(f"modulation {list(shift.shape)} with strides {shift.stride()} is not evenly spaced by frame")
