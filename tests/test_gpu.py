@@ -15,7 +15,7 @@ from utils.checkpoint import fill
 from utils.config import load_config
 from wan import kernels
 from wan.attention import BACKENDS, attention, chosen, fastest
-from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_plain, conv3d_triton
+from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_of_ring, conv3d_plain, conv3d_triton, reads_rings
 from wan.kv_cache import KVCache
 from wan.model import Block, CausalWan
 from wan.rope import RotaryEmbedding
@@ -218,6 +218,40 @@ def test_decoder_streams_what_diffusers_decodes(dtype, monkeypatch):
     assert error < (1e-4 if dtype == torch.float32 else 0.03), error
     if dtype == torch.bfloat16:
         assert error <= 1.05 * relative(vae.decode(latents), expected)  # no further off than diffusers' own in bfloat16
+
+
+@pytest.mark.skipif(not NEW, reason="no Hopper")
+@pytest.mark.parametrize("batch,frames,start,count", [(1, 16, 0, 6), (1, 16, 13, 6), (2, 16, 11, 6), (2, 7, 5, 3)])
+def test_convolution_of_a_ring(batch, frames, start, count):
+    ring, weight, bias = (draw(*size, dtype=torch.bfloat16)
+                          for size in ((batch, frames, 9, 130, 96), (96, 96, 3, 3, 3), (96,)))
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    skip = draw(batch, count - 2, 9, 130, 96, dtype=torch.bfloat16)
+    x = ring.roll(-start, 1)[:, :count].contiguous()
+    assert reads_rings(ring, weight) == (torch.cuda.get_device_capability()[0] == 9)
+    for some in ((None, None), (bias, None), (bias, skip)):
+        assert torch.equal(conv3d_of_ring(ring, start, count, weight, *some), conv3d(x, weight, *some))
+
+
+@pytest.mark.skipif(not NEW, reason="no Hopper")
+def test_frames_in_a_ring_are_decoded_as_those_that_are_copied(monkeypatch):
+    with torch.device("meta"):
+        model = AutoencoderKLWan.from_config({"base_dim": 96})
+    weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
+    vae = WanVAE(fill(model, weights, "random", torch.bfloat16)).to(torch.device("cuda"))
+    latents = draw(1, 14, 16, 8, 18)
+
+    def decode() -> torch.Tensor:
+        stream = vae.stream()
+        frames = torch.cat([stream(block) for block in latents.split([3, 3, 1, 4, 3], dim=1)], 1)
+        assert (stream.ring is not None) == rings
+        return frames
+
+    rings = torch.cuda.get_device_capability()[0] == 9
+    in_ring = decode()
+    monkeypatch.setattr("wan.vae.reads_rings", lambda x, weight: False)
+    rings = False
+    assert torch.equal(in_ring, decode())
 
 
 def test_fused_forward_is_no_further_from_float32_than_the_plain_one(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wan import kernels
-from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_plain
+from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_of_ring, conv3d_plain
 from wan.rope import RotaryEmbedding
 
 SHAPES = [(1, 4, 14, 24, 8), (2, 3, 5, 7, 12), (1, 1, 2, 1, 3)]  # frames [B, T, H, W, C]
@@ -58,6 +58,13 @@ def test_every_way_of_a_convolution_is_the_same(way):
     assert_close(way(x, weight, bias), expected)
     assert_close(way(x, weight, None), expected - bias)
     assert_close(way(x, weight, bias, skip), expected + skip)
+
+
+@pytest.mark.parametrize("start,frames", [(0, 7), (5, 4), (2, 3)])
+def test_convolution_of_a_ring_is_that_of_its_frames_in_a_row(start, frames):
+    ring, weight, bias, skip = draw(2, 7, 5, 6, 8), draw(3, 8, 3, 3, 3), draw(3), draw(2, frames - 2, 5, 6, 3)
+    x = torch.stack([ring[:, (start + i) % 7] for i in range(frames)], 1)
+    assert torch.equal(conv3d_of_ring(ring, start, frames, weight, bias, skip), conv3d(x, weight, bias, skip))
 
 
 def test_sums_and_their_norms_are_those_of_the_parts():
