@@ -6,6 +6,7 @@ LongLive's LoRA: for tests, and for measuring speed and memory, which do not dep
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,9 +48,13 @@ SIZES = {
 
 
 def randomise(model: nn.Module, device: str, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random values for a model made on the meta device: matrices keep the size of what goes through them, norms are
-    one, biases small."""
-    state = {}
+    """Random values, on the CPU, for a model made on the meta device, drawn one tensor after the other on `device`."""
+    return {name: value.cpu() for name, value in draw(model, device, generator)}
+
+
+def draw(model: nn.Module, device: str, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """Name and random value of each tensor of a model made on the meta device: matrices keep the size of what goes
+    through them, norms are one, biases small."""
     for name, tensor in model.state_dict().items():
         value = torch.randn(tensor.shape, device=device, generator=generator)
         if "norm" in name and name.endswith(("weight", "gamma")):
@@ -58,8 +63,7 @@ def randomise(model: nn.Module, device: str, generator: torch.Generator) -> dict
             value *= tensor[0].numel() ** -0.5
         else:
             value *= 0.1
-        state[name] = value.cpu()
-    return state
+        yield name, value
 
 
 def lora(model: nn.Module, rank: int, device: str, generator: torch.Generator) -> dict[str, Tensor]:

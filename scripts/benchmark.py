@@ -46,7 +46,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--also", nargs="+", action="append", default=[], metavar=("N", "key=value"),
                         help="a further video of N latents, of the same weights under other settings: 36 height=720 "
                              "width=1280, or 240 vae=taehv vae_ckpt=random; may be repeated")
-    parser.add_argument("--cold", type=int, default=2, metavar="N", help="fresh processes that are timed; 0: none")
+    parser.add_argument("--cold", type=int, default=2, metavar="N",
+                        help="fresh processes that are timed, one after the other: from the second on they find "
+                             "Triton's kernels compiled and files in memory; 0: none")
     parser.add_argument("--gpus", type=int, default=1, metavar="N",
                         help="with 2 or more: also as many processes at once, one a GPU")
     parser.add_argument("--decoder", choices=DECODERS, default="wan")

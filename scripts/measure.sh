@@ -44,7 +44,7 @@ for part in "${parts[@]}"; do
       run "other tests" 240 -m pytest -m gpu -q --ignore tests/test_gpu_fp8.py --continue-on-collection-errors
       wait ;;
     decoder | passes) run "$part" 120 "scripts/tune_$part.py" --json "$out/tune_$part.json" ;;
-    bf16) bench bf16 300 --latents "${latents[@]}" --cold 1 --roofline 0.05 "${large[@]}" ;;
+    bf16) bench bf16 300 --latents "${latents[@]}" --cold 2 --roofline 0.05 "${large[@]}" ;;
     fp8) bench fp8 240 --latents "${latents[@]}" --cold 0 --roofline 0 --precision fp8 --also "${latents[-1]}" "${tiny[@]}" ;;
     long) bench long 200 --latents 36 --switches 0 --cold 0 --roofline 0 --also "${thousand[@]}" \
       --also "${thousand[@]}" model_kwargs.use_infinite_attention=true ;;

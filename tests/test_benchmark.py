@@ -144,7 +144,16 @@ def test_busy_time_counts_what_overlaps_once():
     assert use["busy"] == pytest.approx(0.85) and use["kernels_per_block"] == 1.5
     assert (use["long_gaps_per_block"], use["long_gaps_ms_per_block"]) == (0.5, 0.07)  # of the 0.15 ms before the copy
     assert [(kernel["name"], kernel["calls_per_block"]) for kernel in use["top"]] == [("a", 1), ("b", 0.5)]
+    assert use["pauses_ms_per_block"] == 0.07
+    assert use["idle_after"] == [{"name": "a", "ms_per_block": 0.075, "pauses_per_block": 0.5}]
     assert gpu_use.summarise([{"cat": "cpu_op", "ts": 0, "dur": 1}], 1.0, 1) is None
+
+
+def test_a_pause_is_that_of_the_kernel_that_ended_last():
+    spans = {"long": (0, 10), "short": (1, 2), "next": (12, 13), "at once": (13, 15), "end": (18, 19)}
+    events = [{"name": name, "ts": start, "dur": end - start} for name, (start, end) in reversed(spans.items())]
+    assert gpu_use.pauses(events) == [("long", 2), ("at once", 3)]
+    assert gpu_use.pauses([]) == []
 
 
 def test_tiny_decoder_stands_in_for_the_vae(tmp_path):

@@ -15,8 +15,9 @@ from utils.checkpoint import fill
 from utils.config import load_config
 from wan import kernels
 from wan.attention import BACKENDS, attention, chosen, fastest
-from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_plain, conv3d_triton
-from wan.model import CausalWan
+from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_of_ring, conv3d_plain, conv3d_triton, reads_rings
+from wan.kv_cache import KVCache
+from wan.model import Block, CausalWan
 from wan.rope import RotaryEmbedding
 from wan.vae import WanVAE
 
@@ -71,6 +72,15 @@ def test_norm_and_rope(dtype, batch, frames, rows, columns, dim, head_dim):
     x, weight = draw(batch, frames * rows * columns, dim, dtype=dtype), draw(dim, dtype=dtype)
     got = kernels.rms_rope(x, weight, 1e-6, turns)
     assert relative(got, kernels.rms_rope_plain(x.float(), weight.float(), 1e-6, turns)) < TOLERANCE[dtype]
+    whole = torch.full((batch, 3 * x.shape[1], *got.shape[2:]), 7.0, device="cuda", dtype=dtype)
+    place = whole[:, x.shape[1] : 2 * x.shape[1]]
+    other = kernels.rms_rope_both(x.flip(1), x, weight.flip(0), weight, 1e-6, turns, out=place)
+    assert torch.equal(other[0], kernels.rms_rope(x.flip(1), weight.flip(0), 1e-6, turns))
+    assert other[1] is place and torch.equal(place, got)
+    assert kernels.rms_rope(x, weight, 1e-6, turns, out=place) is place and torch.equal(place, got)
+    assert (whole[:, : x.shape[1]] == 7).all() and (whole[:, 2 * x.shape[1] :] == 7).all()
+    with pytest.raises(ValueError, match="can't take"):
+        kernels.rms_rope(x, weight, 1e-6, turns, out=whole)
 
 
 @DTYPES
@@ -93,6 +103,42 @@ def test_linear_and_gelu(dtype):
     x, weight, bias = draw(2, 3, 50, 96, dtype=dtype), draw(200, 96, dtype=dtype), draw(200, dtype=dtype)
     got = kernels.linear_gelu(x, weight, bias)
     assert relative(got, kernels.linear_gelu_plain(x.double(), weight.double(), bias.double())) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("batch,tokens,dim", [(1, 4680, 1536), (2, 50, 96)])
+def test_linear_writes_where_it_is_told_to(dtype, batch, tokens, dim):
+    """The same numbers, and for one video by the same kernels: none for the bias, none that copies."""
+    x, weight, bias = draw(batch, tokens, dim, dtype=dtype), draw(dim, dim, dtype=dtype), draw(dim, dtype=dtype)
+    whole = torch.full((batch, 3 * tokens, dim), 7.0, device="cuda", dtype=dtype)
+    place = whole[:, tokens : 2 * tokens]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        got = kernels.linear(x, weight, bias, place)
+        torch.cuda.synchronize()
+    assert torch.equal(got, F.linear(x, weight, bias))
+    assert (whole[:, :tokens] == 7).all() and (whole[:, 2 * tokens :] == 7).all()
+    assert got.is_set_to(place) == (batch == 1)
+    if batch == 1 and dtype == torch.bfloat16:
+        assert sum(event.count for event in profiler.key_averages()
+                   if "memcpy" in event.key.lower() or "elementwise" in event.key) == 0
+
+
+def test_a_pass_copies_no_keys_and_no_values():
+    sizes = SIZES["toy"].generator
+    cache = KVCache(layers=1, batch=1, tokens=84, heads=sizes.num_heads, head_dim=sizes.head_dim, window=6, sink=0,
+                    dtype=torch.bfloat16, device="cuda")
+    block = Block(sizes).to("cuda", torch.bfloat16).self_attn
+    x, turns = draw(1, 252, sizes.dim, dtype=torch.bfloat16), RotaryEmbedding(sizes.head_dim, 7, 12, "cuda").turns(3, 3)
+    cache.begin(0, 3)
+    cache.begin(3, 3)
+    keys, values = cache.room(0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        block.remember(x, turns, cache, 0)
+        torch.cuda.synchronize()
+    assert not [event.key for event in profiler.key_averages() if "memcpy" in event.key.lower()]
+    assert relative(values.flatten(2), block.v(x)) < TOLERANCE[torch.bfloat16]
+    expected = kernels.rms_rope_plain(block.k(x).float(), block.norm_k.weight.float(), 1e-6, turns)
+    assert relative(keys, expected) < TOLERANCE[torch.bfloat16]
 
 
 @DTYPES
@@ -174,6 +220,40 @@ def test_decoder_streams_what_diffusers_decodes(dtype, monkeypatch):
         assert error <= 1.05 * relative(vae.decode(latents), expected)  # no further off than diffusers' own in bfloat16
 
 
+@pytest.mark.skipif(not NEW, reason="no Hopper")
+@pytest.mark.parametrize("batch,frames,start,count", [(1, 16, 0, 6), (1, 16, 13, 6), (2, 16, 11, 6), (2, 7, 5, 3)])
+def test_convolution_of_a_ring(batch, frames, start, count):
+    ring, weight, bias = (draw(*size, dtype=torch.bfloat16)
+                          for size in ((batch, frames, 9, 130, 96), (96, 96, 3, 3, 3), (96,)))
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    skip = draw(batch, count - 2, 9, 130, 96, dtype=torch.bfloat16)
+    x = ring.roll(-start, 1)[:, :count].contiguous()
+    assert reads_rings(ring, weight) == (torch.cuda.get_device_capability()[0] == 9)
+    for some in ((None, None), (bias, None), (bias, skip)):
+        assert torch.equal(conv3d_of_ring(ring, start, count, weight, *some), conv3d(x, weight, *some))
+
+
+@pytest.mark.skipif(not NEW, reason="no Hopper")
+def test_frames_in_a_ring_are_decoded_as_those_that_are_copied(monkeypatch):
+    with torch.device("meta"):
+        model = AutoencoderKLWan.from_config({"base_dim": 96})
+    weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
+    vae = WanVAE(fill(model, weights, "random", torch.bfloat16)).to(torch.device("cuda"))
+    latents = draw(1, 14, 16, 8, 18)
+
+    def decode() -> torch.Tensor:
+        stream = vae.stream()
+        frames = torch.cat([stream(block) for block in latents.split([3, 3, 1, 4, 3], dim=1)], 1)
+        assert (stream.ring is not None) == rings
+        return frames
+
+    rings = torch.cuda.get_device_capability()[0] == 9
+    in_ring = decode()
+    monkeypatch.setattr("wan.vae.reads_rings", lambda x, weight: False)
+    rings = False
+    assert torch.equal(in_ring, decode())
+
+
 def test_fused_forward_is_no_further_from_float32_than_the_plain_one(monkeypatch):
     with torch.device("meta"):
         model = CausalWan(SIZES["toy"].generator)
@@ -181,13 +261,12 @@ def test_fused_forward_is_no_further_from_float32_than_the_plain_one(monkeypatch
     latents, embeds = draw(1, 3, 16, 14, 24), draw(1, 20, SIZES["toy"].generator.text_dim)
     rope = RotaryEmbedding(SIZES["toy"].generator.head_dim, 7, 12, "cuda")
 
-    class Memory:  # a cache that holds nothing but the block itself
-        def update(self, layer, k, v):
-            return k, v
-
     def forward(dtype: torch.dtype) -> torch.Tensor:
         fill(model, weights, "random", dtype).to("cuda")
-        return model(latents, 625.0, 9, rope, Memory(), model.encode_text(embeds))
+        cache = KVCache(layers=model.config.num_layers, batch=1, tokens=84, heads=model.config.num_heads,
+                        head_dim=model.config.head_dim, window=3, sink=0, dtype=dtype, device="cuda")
+        cache.begin(9, 3)
+        return model(latents, 625.0, 9, rope, cache, model.encode_text(embeds))
 
     fused, exact = forward(torch.bfloat16), forward(torch.float32)
     monkeypatch.setattr(kernels, "HAS_TRITON", False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.engine import Engine
 from pipeline.session import Session
+from scripts.benchmarking.gpu_use import blocks_until_steady
 from tests.conftest import tiny_settings
 from utils.config import ModelKwargs
 from wan.graphs import GraphedWan
@@ -78,6 +79,16 @@ def test_replayed_passes_make_the_same_video(tiny_folder, graphed, settings):
     assert Computed.fresh == anew * 2 * places
     _, expected = latents(tiny_folder, prompts, False, **settings)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sink_size": 0}, {"local_attn_size": 18}], ids=str)
+def test_the_benchmark_waits_until_nothing_is_captured(tiny_folder, graphed, settings):
+    config = dataclasses.replace(tiny_settings(tiny_folder, "unused"), model_kwargs=ModelKwargs(**settings))
+    blocks = blocks_until_steady(config)
+    latents(tiny_folder, "a" * blocks, True, **settings)
+    captured, Computed.fresh = Computed.fresh, 0
+    latents(tiny_folder, "a" * (blocks + 7), True, **settings)
+    assert 0 < Computed.fresh == captured
 
 
 def test_nothing_is_captured_before_the_window_is_full_or_where_it_never_is(tiny_folder, graphed):

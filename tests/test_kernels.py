@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from wan import kernels
-from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_plain
+from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_of_ring, conv3d_plain
+from wan.rope import RotaryEmbedding
 
 SHAPES = [(1, 4, 14, 24, 8), (2, 3, 5, 7, 12), (1, 1, 2, 1, 3)]  # frames [B, T, H, W, C]
 
@@ -59,6 +60,13 @@ def test_every_way_of_a_convolution_is_the_same(way):
     assert_close(way(x, weight, bias, skip), expected + skip)
 
 
+@pytest.mark.parametrize("start,frames", [(0, 7), (5, 4), (2, 3)])
+def test_convolution_of_a_ring_is_that_of_its_frames_in_a_row(start, frames):
+    ring, weight, bias, skip = draw(2, 7, 5, 6, 8), draw(3, 8, 3, 3, 3), draw(3), draw(2, frames - 2, 5, 6, 3)
+    x = torch.stack([ring[:, (start + i) % 7] for i in range(frames)], 1)
+    assert torch.equal(conv3d_of_ring(ring, start, frames, weight, bias, skip), conv3d(x, weight, bias, skip))
+
+
 def test_sums_and_their_norms_are_those_of_the_parts():
     x, y, gate, scale, shift = (draw(2, 3, 5, 16), draw(2, 3, 5, 16).flip(0), *draw(2, 3, 3, 16).split(1, 2))
     weight, bias = draw(16), draw(16).flip(0)
@@ -68,6 +76,19 @@ def test_sums_and_their_norms_are_those_of_the_parts():
     total, normed = kernels.add_modulate(x, y, shift, scale, 1e-6)
     assert_close(total, x + y)
     assert_close(normed, kernels.modulate_plain(x + y, shift, scale, 1e-6))
+
+
+def test_norm_and_rope_of_both_are_those_of_each():
+    q, k, weight = draw(2, 6, 24), draw(2, 6, 24).flip(1), draw(24)
+    turns = RotaryEmbedding(12, 1, 2, "cpu").turns(5, 3)
+    both = kernels.rms_rope_both(q, k, weight, weight.flip(0), 1e-6, turns)
+    for got, x, own in zip(both, (q, k), (weight, weight.flip(0)), strict=True):
+        assert torch.equal(got, kernels.rms_rope(x, own, 1e-6, turns))
+
+
+def test_linear_layer_that_may_write_into_given_memory():
+    x, weight, bias, out = draw(2, 10, 24), draw(40, 24), draw(40), torch.empty(2, 10, 40)
+    assert torch.equal(kernels.linear(x, weight, bias, out), torch.nn.functional.linear(x, weight, bias))
 
 
 def test_linear_and_gelu():

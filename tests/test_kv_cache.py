@@ -215,6 +215,20 @@ def test_sink_longer_than_one_block_holds_what_was_written_last():
     assert sorted(held) == [0, 1, 8, 9] and torch.equal(keys, values)
 
 
+@pytest.mark.parametrize("window", [9, None])
+def test_what_is_made_in_its_room_need_not_be_written(window):
+    setting = Setting(**{**vars(SETTING), "window": window, "sink": 3 if window else 0})
+    copied, made = setting.cache(), setting.cache()
+    for block in range(8):
+        k, v = kv(setting, 3, block), kv(setting, 3, -block)
+        for cache in (copied, made):
+            cache.begin(3 * block, 3)
+        for place, new in zip(made.room(1), (k, v), strict=True):
+            place.copy_(new)
+        for got, expected in zip(made.update(1, *made.room(1)), copied.update(1, k, v), strict=True):
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("relative", [False, True])
 def test_position_200_000(relative):
     video = Video(SETTING, relative)

@@ -84,6 +84,20 @@ def test_any_split_into_blocks_gives_the_frames_of_the_whole(decoder, latents, w
 
 
 @torch.inference_mode()
+def test_a_ring_of_frames_holds_what_copies_hold(load, latents, monkeypatch):
+    """That convolutions read their frames from a ring, on GPUs where they can, changes no bit."""
+    vae = load("wan")
+    vae.model.double()
+    try:
+        videos = torch.cat([latents, latents.flip(1)]).double()
+        copied = torch.cat(blocks_of(vae, videos, [2, 3, 1]), 1)
+        monkeypatch.setattr("wan.vae.reads_rings", lambda x, weight: True)
+        assert torch.equal(torch.cat(blocks_of(vae, videos, [2, 3, 1]), 1), copied)
+    finally:
+        vae.model.float()
+
+
+@torch.inference_mode()
 def test_two_videos_at_a_time_do_not_disturb_each_other(decoder, latents):
     other = latents.flip(1)
     alone = [torch.cat(blocks_of(decoder, video, [3, 2]), 1) for video in (latents, other)]

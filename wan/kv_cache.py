@@ -63,14 +63,20 @@ class KVCache:
         """Whether the window is full, so that from now on slots are used again."""
         return len(self.positions) == self.window
 
+    def room(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The slots that `begin` picked: where keys and values [B, frames·tokens, H, D] may be made in place, for
+        `update` to find them there."""
+        return self.keys[layer][:, self._block], self.values[layer][:, self._block]
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v [B, frames·tokens, H, D] to the slots that `begin` picked, as often as wanted until the next
-        `begin`. Returns the keys and values to attend to, [B, filled·tokens, H, D], the new ones included."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, self._block] = k
-        values[:, self._block] = v
+        `begin`; not those that were made there. Returns the keys and values to attend to, [B, filled·tokens, H, D],
+        the new ones included."""
+        for new, place in zip((k, v), self.room(layer), strict=True):
+            if new.data_ptr() != place.data_ptr():
+                place.copy_(new)
         filled = len(self.positions) * self.tokens
-        return keys[:, :filled], values[:, :filled]
+        return self.keys[layer][:, :filled], self.values[layer][:, :filled]
 
     def rewind(self, keep_sink: bool) -> None:
         """Forgets everything, or everything but the sink, so that the latents that follow are written anew."""

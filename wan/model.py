@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wan.attention import attention, fastest
-from wan.kernels import add_modulate, gated, gated_norm, linear_gelu, modulate, rms_rope
+from wan.kernels import add_modulate, gated, gated_norm, linear, linear_gelu, modulate, rms_rope, rms_rope_both
 from wan.kv_cache import KVCache
 from wan.rope import RotaryEmbedding
 
@@ -63,14 +63,21 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     def remember(self, x: Tensor, turns: Tensor, cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
         """Writes the keys and values of x [B, S, dim]. Returns all that the cache holds."""
-        k = rms_rope(self.k(x), self.norm_k.weight, self.norm_k.eps, turns)
-        return cache.update(layer, k, self.heads(self.v(x)))
+        keys, values = cache.room(layer)
+        k = rms_rope(self.k(x), self.norm_k.weight, self.norm_k.eps, turns, out=keys)
+        return cache.update(layer, k, self._values(x, values))
 
     def forward(self, x: Tensor, turns: Tensor, cache: KVCache, layer: int) -> Tensor:
         """x [B, S, dim] attends to all that the cache holds, x itself included."""
-        q = rms_rope(self.q(x), self.norm_q.weight, self.norm_q.eps, turns)
-        k, v = self.remember(x, turns, cache, layer)
+        keys, values = cache.room(layer)
+        q, k = rms_rope_both(self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, self.norm_k.eps, turns,
+                             out=keys)
+        k, v = cache.update(layer, k, self._values(x, values))
         return self.o(attention(q, k, v).flatten(-2))
+
+    def _values(self, x: Tensor, out: Tensor) -> Tensor:
+        """x [B, S, dim] → [B, S, H, D], in `out` where it can be."""
+        return self.heads(linear(x, self.v.weight, self.v.bias, out.flatten(-2)))
 
 
 class CrossAttention(Attention):

@@ -4,10 +4,11 @@ from diffusers import AutoencoderKLWan
 from einops import rearrange
 from torch import Tensor, nn
 
+from wan.frame_ring import HISTORY, FrameRing
+from wan.geometry import FRAMES
 from wan.kernels import EPS, conv2d_of_twice, norm_silu
-from wan.kernels.conv import conv3d
+from wan.kernels.conv import conv3d, conv3d_of_ring, reads_rings
 
-HISTORY = 2  # frames that a causal convolution sees of the past
 TOGETHER = 1  # up-blocks that take all latents of a call at once; one latent fills a GPU, and the memory, after those
 
 
@@ -62,12 +63,18 @@ class WanStream:
     It has the state that lasts from block to block: the last inputs of each causal convolution. The weights are those
     of AutoencoderKLWan's decoder. Frames are kept channels-last, [B, T, H, W, C], which convolutions read fastest and
     where a norm over channels is one over neighbours in memory; norm, SiLU and bias are one pass over them.
+
+    A convolution's last inputs are copied from block to block, but those of the largest frames, in the last up-block,
+    are kept in a ring where its convolutions can be read from one.
     """
 
     def __init__(self, vae: WanVAE):
         self.to_decoder, self.decoder = vae.model.post_quant_conv, vae.model.decoder
         self.mean, self.std = vae._statistics()
         self.history: dict[nn.Module, Tensor] = {}  # of each causal convolution, its last inputs [B, 2, H, W, C]
+        convolutions = [conv for block in self.decoder.up_blocks[-1].resnets for conv in (block.conv1, block.conv2)]
+        self.in_turn = [conv for conv in convolutions if conv.weight.shape == convolutions[-1].weight.shape]
+        self.ring: FrameRing | None = None  # of the convolutions `in_turn`
         self.started = False
         self.patch = vae.model.config.patch_size or 1  # each position of the last map is patch × patch pixels
 
@@ -111,6 +118,10 @@ class WanStream:
                 add_own_bias: bool = True, skip: Tensor | None = None) -> Tensor:
         """Convolves x, of which first SiLU(norm(x + bias_before)) where a norm is given, with what came before it;
         skip is added to the result."""
+        bias = conv.bias if add_own_bias else None
+        if conv in self.in_turn and reads_rings(x, conv.weight):
+            start = self._into_ring(x, norm.gamma.flatten(), bias_before)
+            return conv3d_of_ring(self.ring.frames, start, HISTORY + x.shape[1], conv.weight, bias, skip)
         batch, frames, *rest = x.shape
         whole = x.new_empty(batch, HISTORY + frames, *rest)
         whole[:, :HISTORY] = self.history.get(conv, 0)
@@ -119,7 +130,16 @@ class WanStream:
         else:
             norm_silu(x, norm.gamma.flatten(), bias_before, out=whole[:, HISTORY:])
         self.history[conv] = whole[:, -HISTORY:].clone()
-        return conv3d(whole, conv.weight, conv.bias if add_own_bias else None, skip)
+        return conv3d(whole, conv.weight, bias, skip)
+
+    def _into_ring(self, x: Tensor, gamma: Tensor, bias: Tensor | None) -> int:
+        """Writes SiLU(norm(x + bias)) after the history whose turn it is. Returns the first frame that it begins at."""
+        if self.ring is None:
+            self.ring = FrameRing(len(self.in_turn), FRAMES, x)
+        start, places = self.ring.turn(x.shape[1])
+        for some, place in places:
+            norm_silu(x[:, some], gamma, bias, out=place)
+        return start
 
     def _residual(self, block: nn.Module, x: Tensor) -> Tensor:
         """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))); the first convolution's bias is added by the pass after it."""

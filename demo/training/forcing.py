@@ -91,6 +91,9 @@ class Tape:
         self.start = cache.slots[0] * cache.tokens
         self.end = self.start + BLOCK * cache.tokens
 
+    def room(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.cache.room(layer)
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         every = self.cache.update(layer, k.detach(), v.detach())
         return tuple(torch.cat([x[:, :self.start], own.to(x.dtype), x[:, self.end:]], 1)

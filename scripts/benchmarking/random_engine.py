@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from demo.random_checkpoint import SIZES, Sizes, randomise
+from demo.random_checkpoint import SIZES, Sizes, draw
 from pipeline.engine import Engine
 from pipeline.precision import check_precision, in_precision
 from utils.checkpoint import fill
@@ -56,8 +56,9 @@ def _empty(config: Config, sizes: Sizes | str) -> tuple[CausalWan, AutoencoderKL
 
 
 def _drawn(model: nn.Module, dtype: torch.dtype, random: torch.Generator) -> nn.Module:
-    """A model of the meta device, with weights."""
-    return fill(model, randomise(model, str(random.device), random), "random weights", dtype)
+    """A model of the meta device, with weights; they stay where they are drawn."""
+    state = {name: value.to(dtype) for name, value in draw(model, str(random.device), random)}
+    return fill(model, state, "random weights")
 
 
 def _as_decoder(model: nn.Module) -> WanVAE | TinyDecoder:

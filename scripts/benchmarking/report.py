@@ -38,8 +38,13 @@ def _busy(busy: dict[str, Any]) -> list[str]:
     lines = [f"GPU busy {100 * busy['busy']:.1f} % of {busy['blocks']} steady blocks, {busy['kernels_per_block']:.0f} "
              f"kernels and copies a block; pauses of more than {LONG_GAP} ms: {busy['long_gaps_per_block']} a block, "
              f"{busy['long_gaps_ms_per_block']} ms together; most time:"]
-    return lines + [f"{kernel['ms_per_block']:10.2f} ms {100 * kernel['share']:5.1f} % "
-                    f"{kernel['calls_per_block']:8.1f}x  {kernel['name'][:84]}" for kernel in busy["top"][:10]]
+    lines += [f"{kernel['ms_per_block']:10.2f} ms {100 * kernel['share']:5.1f} % "
+              f"{kernel['calls_per_block']:8.1f}x  {kernel['name'][:84]}" for kernel in busy["top"][:10]]
+    lines.append(f"GPU idle {busy['wall_ms_per_block'] - busy['busy_ms_per_block']:.2f} ms a block, "
+                 f"{busy['pauses_ms_per_block']:.2f} of them between kernels; most after:")
+    return lines + [f"{pause['ms_per_block']:10.2f} ms "
+                    f"{1000 * pause['ms_per_block'] / pause['pauses_per_block']:5.1f} µs"
+                    f" {pause['pauses_per_block']:7.1f}x  {pause['name'][:84]}" for pause in busy["idle_after"]]
 
 
 def text(results: dict[str, Any]) -> str:
@@ -47,8 +52,10 @@ def text(results: dict[str, Any]) -> str:
     lines = [results["title"], results["waiting"], *_videos(results["videos"])]
     first = results["first_frame"]
     for number, cold in enumerate(first["cold"], 1):
-        lines.append(f"first frame, cold, process {number}: {cold['seconds']} s ({cold['start_and_imports']} s start "
-                     f"and imports, {cold['weights']} s weights drawn, {cold['first_block']} s first block)")
+        caches = "caches as they were found" if number == 1 else "files and kernels cached by the one before"
+        lines.append(f"first frame, fresh process {number}, {caches}: {cold['seconds']} s "
+                     f"({cold['start_and_imports']} s start and imports, {cold['weights']} s weights drawn, "
+                     f"{cold['first_block']} s first block)")
     lines.append(f"first frame, second video of the process: {_number(first['warm_ms'])} ms")
     lines += _roofline(results["roofline"]) if results["roofline"] else [NO_ROOFLINE]
     lines += _busy(results["busy"]) if results["busy"] else [NO_BUSY]

@@ -84,17 +84,39 @@ def add_modulate_plain(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: 
     return x, modulate_plain(x, shift, scale, eps)
 
 
-def rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
-    """RMSNorm over the whole dim, then RoPE of each head. x [B, S, dim], turns [S, D/2] → [B, S, H, D]."""
+def rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor, out: Tensor | None = None) -> Tensor:
+    """RMSNorm over the whole dim, then RoPE of each head. x [B, S, dim], turns [S, D/2] → [B, S, H, D].
+
+    out: where a kernel is to write the result, for one copy less. A plain version makes a tensor of its own.
+    """
     if fused(x, weight):
         from wan.kernels import triton_wan
 
-        return triton_wan.rms_rope(x, weight, eps, turns)
+        return triton_wan.rms_rope(x, weight, eps, turns, out)
     return rms_rope_plain(x, weight, eps, turns)
+
+
+def rms_rope_both(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, turns: Tensor,
+                  out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`rms_rope` of q, and of k; out: for that of k."""
+    if fused(q, k, q_weight, k_weight):
+        from wan.kernels import triton_wan
+
+        return triton_wan.rms_rope_both(q, k, q_weight, k_weight, eps, turns, out)
+    return rms_rope_plain(q, q_weight, eps, turns), rms_rope_plain(k, k_weight, eps, turns)
 
 
 def rms_rope_plain(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
     return rotate(F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (-1, 2 * turns.shape[-1])), turns)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """x·weightᵀ + bias. x [..., C], weight [C', C], out [..., C'] → [..., C'], in `out` where cuBLAS can write there
+    with the bias added: on a GPU, where it is one piece of memory."""
+    if fused(x, weight, bias) and out.is_contiguous() and x.dtype == weight.dtype == out.dtype:
+        torch.addmm(bias, x.flatten(0, -2), weight.t(), out=out.flatten(0, -2))
+        return out
+    return F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

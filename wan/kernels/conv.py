@@ -49,6 +49,21 @@ def conv3d_triton(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor |
     return triton_conv.conv3d(x, weight, bias, skip)
 
 
+def conv3d_of_ring(ring: Tensor, start: int, frames: int, weight: Tensor, bias: Tensor | None,
+                   skip: Tensor | None = None) -> Tensor:
+    """`conv3d` of so many frames, from `start` on, of ring [B, N, H, W, C], where the first frame follows the last."""
+    if reads_rings(ring, weight):
+        from wan.kernels import triton_conv
+
+        return triton_conv.conv3d(ring, weight, bias, skip, start, frames)
+    return conv3d(ring.roll(-start, 1)[:, :frames], weight, bias, skip)
+
+
+def reads_rings(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is a way to convolve frames [B, T, H, W, C] that need not follow each other in memory."""
+    return fused(x, weight) and _on_hopper(x) and HOPPER.get(tuple(weight.shape)) is conv3d_triton
+
+
 def _on_hopper(x: Tensor) -> bool:
     """Whether x is what the ways of HOPPER take: 16-bit numbers on a GPU of Hopper's kind."""
     return x.element_size() == 2 and torch.cuda.get_device_capability(x.device)[0] == 9

@@ -26,19 +26,21 @@ def _finish(sums, out, skip, bias, frame, row, column, N: tl.constexpr, OUT: tl.
     out.store([frame, row, column, 0], sums.to(out.dtype).reshape(1, 1, COLUMNS, N))
 
 
-@triton.jit(do_not_specialize=["frames", "across"])
-def _conv(x, weight, out, skip, bias, frames, across, C: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+@triton.jit(do_not_specialize=["frames", "across", "start", "ring"])
+def _conv(x, weight, out, skip, bias, frames, across, start, ring, C: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
           OUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr,
           HAS_SKIP: tl.constexpr):
     """frames: that each video has after the convolution; across: tiles beside each other. Programs that follow each
-    other have the same pixels of successive frames, which see mostly the same input."""
+    other have the same pixels of successive frames, which see mostly the same input. x has `ring` frames of each video;
+    the convolution begins at the frame `start`, and the first frame follows the last."""
     place, frame, video = tl.program_id(0) // frames, tl.program_id(0) % frames, tl.program_id(1)
     row, column = place // across * ROWS, place % across * COLUMNS
     upper = tl.zeros([COLUMNS, N], tl.float32)
     lower = tl.zeros([COLUMNS, N], tl.float32)
     for step in range(27 * (C // K)):
         tap, channel = step // (C // K), step % (C // K) * K
-        f, r, c = video * (frames + 2) + frame + tap // 9, row + tap // 3 % 3 - 1, column + tap % 3 - 1
+        f, r, c = start + frame + tap // 9, row + tap // 3 % 3 - 1, column + tap % 3 - 1
+        f = video * ring + tl.where(f < ring, f, f - ring)
         filters = weight.load([tap, 0, channel]).reshape(N, K).T
         upper = tl.dot(x.load([f, r, c, channel]).reshape(COLUMNS, K), filters, upper)
         if ROWS == 2:
@@ -49,9 +51,14 @@ def _conv(x, weight, out, skip, bias, frames, across, C: tl.constexpr, K: tl.con
         _finish(lower, out, skip, bias, frame, row + 1, column, N, OUT, COLUMNS, HAS_BIAS, HAS_SKIP)
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None = None) -> Tensor:
-    """As `wan.kernels.conv.conv3d`, for filters of 3×3×3; C a multiple of 32, at most 128 channels of the result."""
-    batch, frames, height, width, channels = x.shape
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None = None, start: int = 0,
+           frames: int | None = None) -> Tensor:
+    """As `wan.kernels.conv.conv3d_of_ring`, for filters of 3×3×3; C a multiple of 32, at most 128 channels of the
+    result. All frames where none are named."""
+    batch, ring, height, width, channels = x.shape
+    frames = ring if frames is None else frames
+    if not (0 <= start < ring and 2 < frames <= ring):
+        raise ValueError(f"{frames} frames from {start} on are not in a ring of {ring}, or too few for a filter of 3")
     rows, columns, piece, warps, stages = TILE
     x, filters = x.contiguous(), weight.contiguous(memory_format=torch.channels_last_3d)
     filters = filters.permute(2, 3, 4, 0, 1).flatten(0, 2)  # [27, C', C], a view
@@ -63,7 +70,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None =
         TensorDescriptor.from_tensor(x.flatten(0, 1), [1, 1, columns, piece]),
         TensorDescriptor.from_tensor(filters, [1, block, piece]),
         *(TensorDescriptor.from_tensor(tensor.flatten(0, 1), [1, 1, columns, block]) for tensor in (out, skip)),
-        x if bias is None else bias, frames - 2, across, C=channels, K=piece, N=block, OUT=len(weight), ROWS=rows,
-        COLUMNS=columns, HAS_BIAS=bias is not None, HAS_SKIP=skip is not out, num_warps=warps, num_stages=stages,
+        x if bias is None else bias, frames - 2, across, start, ring, C=channels, K=piece, N=block, OUT=len(weight),
+        ROWS=rows, COLUMNS=columns, HAS_BIAS=bias is not None, HAS_SKIP=skip is not out, num_warps=warps,
+        num_stages=stages,
     )
     return out[..., : len(weight)]

@@ -58,8 +58,10 @@ def _sum_norm(x, gate, y, shift, scale, sums, out, per_frame, gate_stride, frame
 
 
 @triton.jit
-def _rms_rope(x, weight, turns, out, tokens, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
+def _rms_rope_row(x, weight, turns, out, sample_stride, tokens, eps, DIM: tl.constexpr, BLOCK: tl.constexpr,
+                  PAIRS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    sample, token = row // tokens, row % tokens
     channel = tl.arange(0, BLOCK)
     mask = channel < DIM
     value = tl.load(x + row * DIM + channel, mask, other=0.0).to(tl.float32)
@@ -67,11 +69,22 @@ def _rms_rope(x, weight, turns, out, tokens, eps, DIM: tl.constexpr, BLOCK: tl.c
     value = value * tl.load(weight + channel, mask, other=0.0).to(tl.float32)
     real, imaginary = tl.split(tl.reshape(value, [BLOCK // 2, 2]))
     pair = tl.arange(0, BLOCK // 2)
-    turn = turns + (row % tokens) * PAIRS * 2 + pair % PAIRS * 2
+    turn = turns + token * PAIRS * 2 + pair % PAIRS * 2
     cos = tl.load(turn, pair < DIM // 2, other=0.0)
     sin = tl.load(turn + 1, pair < DIM // 2, other=0.0)
     turned = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos)
-    tl.store(out + row * DIM + channel, tl.reshape(turned, [BLOCK]).to(out.dtype.element_ty), mask)
+    place = out + sample * sample_stride + token * DIM + channel
+    tl.store(place, tl.reshape(turned, [BLOCK]).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _rms_rope(x, weight, out, sample_stride, x2, weight2, out2, sample_stride2, turns, tokens, eps, DIM: tl.constexpr,
+              BLOCK: tl.constexpr, PAIRS: tl.constexpr):
+    """Of x, and in a second column of programs, where there is one, of x2."""
+    if tl.program_id(1) == 0:
+        _rms_rope_row(x, weight, turns, out, sample_stride, tokens, eps, DIM, BLOCK, PAIRS)
+    else:
+        _rms_rope_row(x2, weight2, turns, out2, sample_stride2, tokens, eps, DIM, BLOCK, PAIRS)
 
 
 def _grid(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
@@ -105,12 +118,32 @@ def sum_norm(x: Tensor, gate: Tensor | None, y: Tensor, shift: Tensor, scale: Te
     return sums, out
 
 
-def rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
-    x, (grid, sizes) = x.contiguous(), _grid(x)
-    out = torch.empty_like(x)
-    pairs = turns.shape[-1]
-    _rms_rope[grid](x, weight, torch.view_as_real(turns), out, x.shape[1], eps, PAIRS=pairs, **sizes)
-    return out.unflatten(-1, (-1, 2 * pairs))
+def rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor, out: Tensor | None = None) -> Tensor:
+    x, ((rows,), sizes) = x.contiguous(), _grid(x)
+    out, stride = _place(x, turns, out)
+    _rms_rope[rows, 1](x, weight, out, stride, x, weight, out, stride, torch.view_as_real(turns), x.shape[1], eps,
+                       PAIRS=turns.shape[-1], **sizes)
+    return out
+
+
+def rms_rope_both(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, turns: Tensor,
+                  out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    q, k, ((rows,), sizes) = q.contiguous(), k.contiguous(), _grid(q)
+    (turned, stride), (out, out_stride) = _place(q, turns, None), _place(k, turns, out)
+    _rms_rope[rows, 2](q, q_weight, turned, stride, k, k_weight, out, out_stride, torch.view_as_real(turns), q.shape[1],
+                       eps, PAIRS=turns.shape[-1], **sizes)
+    return turned, out
+
+
+def _place(x: Tensor, turns: Tensor, out: Tensor | None) -> tuple[Tensor, int]:
+    """Where the heads [B, S, H, D] of x [B, S, dim] go, made unless it is given, and a sample's distance to the next;
+    the rows of a sample must follow each other."""
+    heads = x.unflatten(-1, (-1, 2 * turns.shape[-1]))
+    if out is None:
+        out = torch.empty_like(heads)
+    if out.shape != heads.shape or out.stride()[1:] != heads.stride()[1:]:
+        raise ValueError(f"out {list(out.shape)} of strides {out.stride()} can't take {list(heads.shape)} row by row")
+    return out, out.stride(0)
 
 
 def _frame_stride(a: Tensor, b: Tensor) -> int:
