@@ -73,15 +73,15 @@ class Fp8Block(nn.Module):
         self.cross_attn.q, self.cross_attn.o = Fp8Linear(full.cross_attn.q), Fp8Linear(full.cross_attn.o)
         self.wide, self.narrow = Fp8Linear(full.ffn[0]), Fp8Linear(full.ffn[2])
 
-    def remember(self, x: Tensor, e0: Tensor, turns: Tensor, cache: QuantisedKVCache, layer: int) -> None:
+    def remember(self, x: Tensor, modulation: Tensor, turns: Tensor, cache: QuantisedKVCache, layer: int) -> None:
         """As Block.remember."""
-        shift, scale, *_ = (self.modulation[:, None] + e0).split(1, dim=2)
+        shift, scale, *_ = modulation.split(1, dim=2)
         self.self_attn.remember(modulate_quantise(x, shift, scale, self.eps), turns, cache, layer)
 
-    def forward(self, x: Tensor, e0: Tensor, turns: Tensor, cache: QuantisedKVCache, layer: int,
+    def forward(self, x: Tensor, modulation: Tensor, turns: Tensor, cache: QuantisedKVCache, layer: int,
                 text: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, F, L, dim], e0 [B, F, 6, dim] → [B, F, L, dim]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + e0).split(1, dim=2)
+        """As Block.forward."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.split(1, dim=2)
         y = self.self_attn(modulate_quantise(x, shift1, scale1, self.eps), turns, cache, layer)
         x, y = add_modulate_quantise(x, gate1, y.view_as(x), self.shift3, self.scale3, self.eps)
         y = self.cross_attn(y, text)
