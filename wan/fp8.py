@@ -74,16 +74,16 @@ class Fp8Block(nn.Module):
         self.norm3, self.cross_attn = full.norm3, full.cross_attn
         self.wide, self.narrow = Int8Linear(full.ffn[0]), Int8Linear(full.ffn[2])
 
-    def remember(self, x: Tensor, e0: Tensor, turns: Tensor, cache: QuantisedKVCache, layer: int) -> None:
+    def remember(self, x: Tensor, modulation: Tensor, turns: Tensor, cache: QuantisedKVCache, layer: int) -> None:
         """As Block.remember."""
-        shift, scale, *_ = (self.modulation[:, None] + e0).split(1, dim=2)
+        shift, scale, *_ = modulation.split(1, dim=2)
         y = modulate_quantise(x, shift, scale, self.eps, self.self_attn.qkv.smooth)
         self.self_attn.remember(y, turns, cache, layer)
 
-    def forward(self, x: Tensor, e0: Tensor, turns: Tensor, cache: QuantisedKVCache, layer: int,
+    def forward(self, x: Tensor, modulation: Tensor, turns: Tensor, cache: QuantisedKVCache, layer: int,
                 text: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, F, L, dim], e0 [B, F, 6, dim] → [B, F, L, dim]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + e0).split(1, dim=2)
+        """As Block.forward."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.split(1, dim=2)
         y = modulate_quantise(x, shift1, scale1, self.eps, self.self_attn.qkv.smooth)
         y = self.self_attn(y, turns, cache, layer)
         x, y = gated_norm(x, gate1, y.view_as(x), self.norm3.weight, self.norm3.bias, self.eps)

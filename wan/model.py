@@ -102,15 +102,16 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
-    def remember(self, x: Tensor, e0: Tensor, turns: Tensor, cache: KVCache, layer: int) -> None:
+    def remember(self, x: Tensor, modulation: Tensor, turns: Tensor, cache: KVCache, layer: int) -> None:
         """All that later blocks see of x [B, F, L, dim] in this layer: its keys and values."""
-        shift, scale, *_ = (self.modulation[:, None] + e0).split(1, dim=2)
+        shift, scale, *_ = modulation.split(1, dim=2)
         self.self_attn.remember(modulate(x, shift, scale, self.eps).flatten(1, 2), turns, cache, layer)
 
-    def forward(self, x: Tensor, e0: Tensor, turns: Tensor, cache: KVCache, layer: int,
+    def forward(self, x: Tensor, modulation: Tensor, turns: Tensor, cache: KVCache, layer: int,
                 text: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, F, L, dim], e0 [B, F, 6, dim] → [B, F, L, dim]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + e0).split(1, dim=2)
+        """x [B, F, L, dim], modulation, this block's own and that of the timesteps added, [B, F, 6, dim]
+        → [B, F, L, dim]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.split(1, dim=2)
         frames = x.shape[1]
         y = self.self_attn(modulate(x, shift1, scale1, self.eps).flatten(1, 2), turns, cache, layer)
         x, y = gated_norm(x, gate1, y.unflatten(1, (frames, -1)), self.norm3.weight, self.norm3.bias, self.eps)
@@ -182,11 +183,13 @@ class CausalWan(nn.Module):
         x = rearrange(x, "b d f h w -> b f (h w) d")
         e = self.time_embedding(sinusoid(times, self.config.freq_dim).to(weight.dtype))
         e0 = self.time_projection(e).unflatten(-1, (6, -1))
+        # Of all layers at once: one small kernel in place of one for each.
+        modulations = torch.stack([block.modulation for block in self.blocks])[:, :, None] + e0
         with fastest(x.device):
             for layer, block in enumerate(self.blocks):
                 if layer + 1 == len(self.blocks) and not want_flow:
-                    return block.remember(x, e0, turns, cache, layer)
-                x = block(x, e0, turns, cache, layer, text[layer])
+                    return block.remember(x, modulations[layer], turns, cache, layer)
+                x = block(x, modulations[layer], turns, cache, layer, text[layer])
         _, ph, pw = self.config.patch_size
         height = latents.shape[-2] // ph
         x = rearrange(self.head(x, e), "b f (h w) (p q c) -> b f c (h p) (w q)", h=height, p=ph, q=pw)
