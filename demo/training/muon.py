@@ -21,7 +21,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes = defaultdict(list)
             for value in group["params"]:
-                shapes[value.shape].append(value)
+                if value.grad is not None:
+                    shapes[value.shape].append(value)
             for values in shapes.values():
                 self._step(values, group["lr"], group["momentum"])
 
