@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Rows, outputs and inputs of a tile, warps, stages of loads; by the major compute capability.
-TILES = {9: (128, 256, 128, 8, 4), 10: (128, 128, 128, 8, 4), 8: (128, 128, 64, 8, 3), 12: (128, 128, 64, 8, 3)}
+TILES = {9: (128, 128, 128, 4, 3), 10: (128, 128, 128, 8, 4), 8: (128, 128, 64, 8, 3), 12: (128, 128, 64, 8, 3)}
 TOGETHER = 8  # tiles of rows that go through the outputs side by side, so that they find the weights in the L2 cache
 
 
