@@ -10,7 +10,7 @@ from pipeline.engine import Engine
 from pipeline.session import Session
 from utils.config import load_config
 
-SHOWN = ("setting", "light")  # what the model has learned to show
+SHOWN = ("subject", "colour", "setting", "light")
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,7 @@ def engine() -> Engine:
 def look(frames: Tensor) -> tuple[str, ...]:
     """What the judge sees in the latest frames, uint8 [T, H, W, 3]."""
     seen = Judge.load()(frames[None, -SHORTEST:])
+    assert int(seen["count"]) == 1
     return tuple(CHOICES[name][int(seen[name])] for name in SHOWN)
 
 
@@ -29,10 +30,11 @@ def blocks(session: Session, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("prompt,expected", [
-    ("A green cube spins on a meadow at noon.", ("meadow", "noon")),
-    ("During a downpour a white fish hops in front of tall buildings. A static shot.", ("city", "rain")),
-    ("At sea at sunset: a purple bird, drifting to the left.", ("sea", "sunset")),
-    ("In the forest, a blue balloon rises by night.", ("forest", "night")),
+    ("A green cube bounces on a meadow at noon.", ("cube", "green", "meadow", "noon")),
+    ("During a downpour a white fish hops in front of tall buildings. A static shot.",
+     ("fish", "white", "city", "rain")),
+    ("At sea at sunset: a purple bird, drifting to the left.", ("bird", "purple", "sea", "sunset")),
+    ("In the forest, a blue balloon rises by night.", ("balloon", "blue", "forest", "night")),
 ])
 def test_video_shows_its_prompt(engine, prompt, expected):
     session = engine.session(seed=1)
@@ -42,16 +44,27 @@ def test_video_shows_its_prompt(engine, prompt, expected):
     assert (frames[1:].int() - frames[:-1].int()).abs().amax((1, 2, 3)).min() > 0  # no frame is the one before again
 
 
+@pytest.mark.parametrize("prompt,motion,camera", [
+    ("A red ball bounces on a meadow at noon.", "bounce", "still"),
+    ("A yellow star spins in the desert at noon. The camera pans from side to side.", "spin", "pan"),
+])
+def test_subject_and_camera_move_as_the_prompt_says(engine, prompt, motion, camera):
+    session = engine.session(seed=4)
+    session.set_prompt(prompt)
+    seen = Judge.load()(blocks(session, 6)[None])
+    assert (CHOICES["motion"][int(seen["motion"])], CHOICES["camera"][int(seen["camera"])]) == (motion, camera)
+
+
 def test_video_follows_a_new_prompt_and_only_it(engine):
     session, other = engine.session(seed=2), engine.session(seed=2)
     for one in (session, other):
         one.set_prompt("A red boat sways at sea at noon.")
     before = blocks(session, 3)
-    assert look(before) == ("sea", "noon") and torch.equal(blocks(other, 3), before)
+    assert look(before) == ("boat", "red", "sea", "noon") and torch.equal(blocks(other, 3), before)
     session.set_prompt("A red boat sways at sea at night.")
     after = blocks(session, 3)  # 2.25 s
-    assert look(after) == ("sea", "night")
-    assert look(blocks(other, 3)) == ("sea", "noon")
+    assert look(after) == ("boat", "red", "sea", "night")
+    assert look(blocks(other, 3)) == ("boat", "red", "sea", "noon")
     cut = (after[0].int() - before[-1].int()).abs().float().mean()
     assert cut < 12  # of 255: the light changes in time, not from one frame to the next
 
