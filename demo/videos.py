@@ -1,6 +1,7 @@
 """Reads videos back."""
 
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ def read_video(path: str | Path, first: int = 0, frames: int | None = None) -> n
     Raises ValueError where ffmpeg can't read it.
     """
     pick = f"trim=start_frame={first}" + ("" if frames is None else f":end_frame={first + frames}")
-    command = [find_ffmpeg(), "-loglevel", "error", "-i", str(path), "-an",
-               "-vf", pick, "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    if done.returncode != 0:
-        raise ValueError(f"{path}: {done.stderr.decode(errors='replace').strip()}")
-    return np.frombuffer(bytearray(done.stdout), np.uint8).reshape(-1, HEIGHT, WIDTH, 3)
+    # By a file: a pipe is read bit by bit, each of which waits for its turn of an interpreter that other threads use.
+    with tempfile.NamedTemporaryFile(suffix=".rgb") as raw:
+        command = [find_ffmpeg(), "-y", "-loglevel", "error", "-i", str(path), "-an",
+                   "-vf", pick, "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "rawvideo", raw.name]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if done.returncode != 0:
+            raise ValueError(f"{path}: {done.stderr.decode(errors='replace').strip()}")
+        return np.fromfile(raw.name, np.uint8).reshape(-1, HEIGHT, WIDTH, 3)

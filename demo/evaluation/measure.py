@@ -1,10 +1,12 @@
 """What the judge and plain statistics say of finished MP4s."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ AFTER = 2.0  # seconds after a switch at which the new scene must show
 LOOK = 4.0  # seconds after a switch in which the first moment is searched at which it shows
 STEP, STEP_MOVING = 2, 4  # frames between two windows of that search
 STEADY = 4  # so many windows in a row must show it
-AT_ONCE = 8  # films read together
+AT_ONCE = 8  # films read while one is measured
 
 
 def measure(films: Sequence[Film], paths: Sequence[Path], arm: str, block: int, judge: Judge,
@@ -28,11 +30,19 @@ def measure(films: Sequence[Film], paths: Sequence[Path], arm: str, block: int, 
     Each row has the film's own description; `ends` and `read`: the windows of WINDOW frames that end at these frames,
     and each attribute's index read off them; `statistics` of those at TIMES; `switches` and `elsewhere` of timelines.
     """
+    for film, video in zip(films, _read_ahead(paths, workers), strict=True):
+        yield _measure_one(film, torch.from_numpy(video), arm, block, judge)
+
+
+def _read_ahead(paths: Sequence[Path], workers: int) -> Iterator[np.ndarray]:
+    """The videos, while the next AT_ONCE are being read."""
     with ThreadPoolExecutor(workers) as pool:
-        for begin in range(0, len(films), AT_ONCE):
-            videos = pool.map(read_video, paths[begin:begin + AT_ONCE])
-            for film, video in zip(films[begin:begin + AT_ONCE], videos, strict=True):
-                yield _measure_one(film, torch.from_numpy(video), arm, block, judge)
+        waiting = deque(pool.submit(read_video, path) for path in paths[:AT_ONCE])
+        for path in [*paths[AT_ONCE:], *[None] * len(waiting)]:
+            video = waiting.popleft().result()
+            if path is not None:
+                waiting.append(pool.submit(read_video, path))
+            yield video
 
 
 def _measure_one(film: Film, video: Tensor, arm: str, block: int, judge: Judge) -> dict:
