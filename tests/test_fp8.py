@@ -1,10 +1,10 @@
 """`precision: fp8` by its plain versions, which round where the GPU's do: how far it is from full precision, that its
-cache is a KVCache, and where it is refused. tests/test_gpu_fp8.py holds the GPU's versions against these."""
+cache is a KVCache. tests/test_precision.py has where it is refused; tests/test_gpu_fp8.py holds the GPU's versions
+against these."""
 
 import copy
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,22 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline import precision
 from pipeline.engine import Engine
-from pipeline.precision import check_precision, check_sizes
-from scripts import benchmark, fp8_quality
-from tests.conftest import REPOSITORY, TINY, assert_complains
+from scripts import fp8_quality
+from tests.conftest import REPOSITORY
 from tests.test_kv_cache import LAYERS, Setting, settings_of_a_video
 from utils.cli import guarded
-from utils.config import Config
-from utils.errors import UserError
 from wan import fp8 as modules
 from wan.fp8 import Int8Linear, to_fp8
 from wan.fp8_cache import QuantisedKVCache
 from wan.kernels import fp8, rms_rope
 from wan.kernels.fp8 import Held, Rows
 from wan.kv_cache import KVCache
-from wan.model import WanConfig
 from wan.rope import RotaryEmbedding, frame_pairs
 
 HALF_STEP = 2**-4  # how far e4m3 rounds, relative to the value; below 2^-6 it rounds to multiples of 2^-9
@@ -335,78 +330,3 @@ def test_quality_is_printed(tiny_yaml, capsys):
     assert guarded(lambda: fp8_quality.main([str(tiny_yaml), "--latents", "6", "precision=fp8"])) == 0
     printed = capsys.readouterr().out
     assert printed.count("t = ") == 4 and len(printed.split("PSNR of each block, dB:")[1].split()) == 2
-
-
-CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """Has the GPU be as it is said to be: gpu(capability=(8, 0), triton=False, product=fails)."""
-
-    def be(capability=(9, 0), triton: bool = True, product=lambda device: None) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-        monkeypatch.setattr(precision, "HAS_TRITON", triton)
-        monkeypatch.setattr(precision, "multiply_once", product)
-
-    return be
-
-
-def fails(device) -> None:
-    raise RuntimeError("_scaled_mm:\n not here")
-
-
-def test_cpu_is_refused_before_anything_is_read():
-    with pytest.raises(UserError) as error:
-        Engine.from_config(Config(wan_folder="nowhere", device="cpu", precision="fp8"))
-    assert str(error.value) == ("precision=fp8 needs an NVIDIA GPU of compute capability 8.9 or newer (Ada, Hopper, "
-                                "Blackwell), the device is cpu; use precision=full")
-
-
-@pytest.mark.parametrize(("about", "words"), [
-    ({"capability": (8, 0)}, ["8.9", "Some GPU, 8.0"]), ({"capability": (7, 5)}, ["8.9", "Some GPU, 7.5"]),
-    ({"triton": False}, ["Triton", "pip install triton"]), ({"product": fails}, ["_scaled_mm: not here", "Some GPU"]),
-])
-def test_gpu_that_can_not_is_refused(gpu, about, words):
-    gpu(**about)
-    with pytest.raises(UserError) as error:
-        check_precision("fp8", CUDA)
-    assert "\n" not in str(error.value) and str(error.value).endswith("use precision=full")
-    for word in words:
-        assert word in str(error.value)
-    check_precision("full", CUDA)
-
-
-@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0), (12, 0)])
-def test_gpu_that_can_is_taken(gpu, capability):
-    gpu(capability)
-    check_precision("fp8", CUDA)
-
-
-def test_amd_is_refused_for_all_its_capability(gpu, monkeypatch):
-    gpu((9, 4))
-    monkeypatch.setattr(torch, "version", SimpleNamespace(hip="6.4"))
-    with pytest.raises(UserError, match="NVIDIA"):
-        check_precision("fp8", CUDA)
-
-
-def test_sizes_that_the_kernels_do_not_have():
-    check_sizes("fp8", WanConfig())
-    with pytest.raises(UserError, match="heads of 64 or 128 channels, the generator's have 16; use precision=full"):
-        check_sizes("fp8", TINY.generator)
-    odd = dataclasses.replace(TINY.generator, dim=128, ffn_dim=100)
-    with pytest.raises(UserError, match="ffn_dim is a multiple of 16, it is 100"):
-        check_sizes("fp8", odd)
-
-
-def test_benchmark_refuses_it_on_a_cpu(capsys):
-    code = guarded(lambda: benchmark.main(["--size", "toy", "--precision", "fp8", "--cold", "0", "device=cpu"]))
-    assert code == 2 and "compute capability 8.9" in capsys.readouterr().err
-
-
-def test_front_end_says_it_in_one_line(run_here):
-    import inference
-
-    assert_complains(run_here(inference, "--prompt", "a ball", "precision=fp8"), "precision=fp8", "cpu",
-                     "use precision=full")
