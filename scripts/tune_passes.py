@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.benchmarking.clock import draw, error, milliseconds
-from wan.attention import attention, fastest
+from wan.attention import attention, fastest, in_one_go
 from wan.kernels import fp8, gated, linear_gelu, modulate, rms_rope, rms_rope_both
 from wan.model import WanConfig
 from wan.rope import RotaryEmbedding
@@ -66,36 +65,21 @@ def compare_tiles(keys_count: int, found: dict) -> None:
         print(f"  {tile!s:26}{taken:8.3f} ms {1000 * tflop / taken:6.0f} TFLOP/s, off by {off:.4f}", flush=True)
 
 
-def in_waves(q: Tensor, k: Tensor, v: Tensor, first: int, parts: int) -> Tensor:
-    """cuDNN's attention, of the `first` queries as it comes and of the others to `parts` parts of the keys at the same
-    time, which are added up by their weights: so many queries fill the processors a whole number of times, and the few
-    that are left over do not keep only some of them busy. q [1, Sq, H, D], k and v [1, Sk, H, D] → [1, Sq, H, D]."""
-    rest = q[:, first:].expand(parts, -1, -1, -1).contiguous()
-    some, weights, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        rest.transpose(1, 2), *(x.view(parts, -1, *x.shape[2:]).transpose(1, 2) for x in (k, v)), None, True)
-    some = (some * weights.view(*some.shape[:-1], 1).softmax(0)).sum(0, keepdim=True).to(q.dtype)
-    return torch.cat([attention(q[:, :first], k, v), some.transpose(1, 2)], 1)
-
-
 def compare_waves(keys_count: int, found: dict) -> None:
-    """Attention in bfloat16 of a growing number of queries, which shows how many fill the GPU once more, and `in_waves`
-    of a block's."""
+    """Attention in bfloat16 of a growing number of queries, which shows how many fill the GPU once more, and that of a
+    block's in whole waves, as `wan.attention` computes it."""
     q, k, v = (draw(1, count, HEADS, HEAD_DIM) for count in (TOKENS, keys_count, keys_count))
     print(f"attention to {keys_count} keys in bfloat16, {torch.cuda.get_device_properties(0).multi_processor_count} "
           f"processors, {HEADS} heads", flush=True)
     with fastest(q.device):
         for count in [*range(1024, TOKENS, 256), TOKENS]:
-            found[str(count)] = taken = milliseconds(lambda count=count: attention(q[:, :count], k, v))
+            found[str(count)] = taken = milliseconds(lambda count=count: in_one_go(q[:, :count], k, v))
             speed = 4 * HEADS * count * keys_count * HEAD_DIM / taken / 1e9
             print(f"  {count:5} queries {taken:8.3f} ms {speed:6.0f} TFLOP/s", flush=True)
         exact = attention(q.float(), k.float(), v.float())
-        for first in (2816, 4096, 4224):
-            for parts in (2, 3, 4):
-                split = lambda first=first, parts=parts: in_waves(q, k, v, first, parts)
-                found[f"{first} + {TOKENS - first} in {parts}"] = taken = milliseconds(split)
-                print(f"  {first} queries, the others to {parts} parts of the keys: {taken:8.3f} ms, off by "
-                      f"{error(split(), exact):.5f}", flush=True)
-        print(f"  at once: off by {error(attention(q, k, v), exact):.5f}", flush=True)
+        for name, call in (("in one go", in_one_go), ("in whole waves", attention)):
+            found[name] = taken = milliseconds(lambda call=call: call(q, k, v))
+            print(f"  {name:14} {taken:8.3f} ms, off by {error(call(q, k, v), exact):.5f}", flush=True)
 
 
 def compare_kernels(found: dict) -> None:

@@ -120,7 +120,8 @@ def test_queries_keys_and_values(dtype, batch, frames, rows, columns, heads, hea
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("batch,queries,keys,heads", [
-    (1, 4680, 4680, 12), (1, 1000, 18720, 12), (2, 33, 70, 3), (1, 1, 1, 1), (1, 128, 128, 2), (2, 129, 257, 2),
+    (1, 4680, 4680, 12), (1, 4680, 18720, 12), (1, 1000, 18720, 12), (2, 33, 70, 3), (1, 1, 1, 1),
+    (1, 128, 128, 2), (2, 129, 257, 2),
 ])
 def test_attention(head_dim, batch, queries, keys, heads):
     q, k, v = (torch.randn(batch, n, heads, head_dim, device=CUDA) for n in (queries, keys, keys))

@@ -1,0 +1,40 @@
+"""Attention in whole waves. A GPU computes as many tiles of queries at a time as fit its processors; where the tiles
+are not a multiple of that, the last few take as long as all the others of a wave. They are shared out instead: each to
+several parts of the keys, which are added up by their weights. That is the same attention, exactly (Dao et al. 2023,
+Flash-Decoding).
+"""
+
+import torch
+from torch import Tensor
+
+MOST_WAVES = 8  # beyond, the last one matters little
+FEWEST_KEYS = 4096  # below, adding up takes longer than it saves
+
+
+def shares(queries: int, keys: int, heads: int, tile: int, at_once: int) -> tuple[int, int]:
+    """How many queries fill whole waves, and to how many parts of the keys the others attend: all and 1 where that
+    would not help. tile: queries of a tile; at_once: tiles that a GPU computes at a time."""
+    tiles = -(-queries // tile)
+    waves = tiles * heads // at_once
+    whole = waves * at_once // heads
+    rest = tiles - whole
+    parts = at_once // (heads * rest) if rest else 1
+    if not 1 <= waves <= MOST_WAVES or parts < 2 or keys < FEWEST_KEYS or keys % (16 * parts):
+        return queries, 1
+    return tile * whole, parts
+
+
+def add_up(parts: Tensor, log_sums: Tensor) -> Tensor:
+    """Attention to all keys, [1, S, H, D], of that to each part of them, [parts, S, H, D], and the logarithms of the
+    sums of the exponentials there, [parts, S, H, 1]."""
+    return (parts * log_sums.softmax(0)).sum(0, keepdim=True)
+
+
+def several(x: Tensor, parts: int) -> Tensor:
+    """x [1, ...] `parts` times, [parts, ...], in memory of its own."""
+    return x.expand(parts, *x.shape[1:]).contiguous()
+
+
+def at_once(device: torch.device, of_a_processor: int) -> int:
+    """Tiles that a GPU computes at a time."""
+    return of_a_processor * torch.cuda.get_device_properties(device).multi_processor_count
