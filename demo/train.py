@@ -15,8 +15,8 @@ from demo.training.export import export, restore
 from demo.training.looks import look
 from demo.training.ranks import Ranks
 
-STAGES = ("vae", "generator", "refined", "distilled", "streaming")
-STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "streaming": 1200}
+STAGES = ("vae", "generator", "refined", "distilled", "matched", "streaming")
+STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "matched": 1500, "streaming": 1200}
 
 CLIPS = 8192  # drawn for the VAE, and again for the generator
 
@@ -30,12 +30,8 @@ def run(stage: str, folder: Path, ranks: Ranks, scale: float, device: str, seed:
         vae.train(folder, steps=steps, device=device, seed=seed, clips=clips)
     elif stage in generator.PHASES:
         generator.train(folder, ranks, stage, steps=steps, device=device, seed=seed, clips=clips)
-    elif stage == "distilled":
-        forcing.train(folder, ranks, stage, steps=steps, device=device, seed=seed, rate=3e-4, lora=False, blocks=7,
-                      switch_every=None)
     else:
-        forcing.train(folder, ranks, stage, steps=steps, device=device, seed=seed, rate=1e-3, lora=True, blocks=100,
-                      switch_every=(5, 16))
+        forcing.train(folder, ranks, stage, steps=steps, device=device, seed=seed)
 
 
 def main() -> None:

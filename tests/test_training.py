@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from demo.judge import ATTRIBUTES
-from demo.training import forcing, generator
+from demo.training import forcing, generator, rollout
 from demo.training import vae as vaes
 from demo.training.causal import Parallel, Plan
 from demo.training.export import export, restore
@@ -101,7 +101,7 @@ def test_a_block_that_lets_gradients_through_is_the_block_of_the_cache():
             cache.begin(position, FRAMES)
         with torch.no_grad():
             expected = model(latents, 0.0, position, rope, caches[0], text)
-        got = model(latents, 0.0, position, rope, forcing.Tape(caches[1]), text)
+        got = model(latents, 0.0, position, rope, rollout.Tape(caches[1]), text)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     got.sum().backward()
     assert all(p.grad is not None for p in model.blocks[0].self_attn.parameters())
@@ -116,9 +116,9 @@ def test_videos_in_training_are_made_as_a_session_makes_them(tiny_training, monk
     noise = NoiseSource(0, (FRAMES, 16, 14, 24))
     config = load_config("configs/demo.yaml", ["device=cpu"])
     session = Session(config, fast, embeds.get, None, noise)
-    videos = forcing.Videos(fast, embeds["a"])
+    videos = rollout.Videos(fast, embeds["a"])
     sigmas = [t / 1000 for t in session.steps]
-    assert sigmas == forcing.SIGMAS
+    assert sigmas == rollout.SIGMAS
     with torch.no_grad():
         for block in range(8):  # evictions from the fifth on, switches before and after
             prompt = "a" if block in (0, 1, 6, 7) else "b"
@@ -147,13 +147,17 @@ def tiny_training(monkeypatch):
     """Every stage at a size that takes seconds on a CPU."""
     config = dataclasses.replace(generator.GENERATOR, dim=32, ffn_dim=32, num_heads=1, num_layers=1)
     monkeypatch.setattr(vaes, "SIZES", {**vaes.SIZES, "base_dim": 4})
-    for module in (generator, forcing):
+    for module in (generator, rollout):
         monkeypatch.setattr(module, "GENERATOR", config)
     monkeypatch.setattr(generator, "PHASES", {
         stage: tuple(dataclasses.replace(phase, share=1 / 2, batch=2, blocks=blocks)
                      for phase, blocks in zip(phases, (1, 3), strict=True))
         for stage, phases in generator.PHASES.items()})
     monkeypatch.setattr(generator, "FIRST_BLOCKS", 1)
+    monkeypatch.setattr(forcing, "STAGES", {
+        stage: dataclasses.replace(how, blocks=5, switch_every=(2, 2) if how.switch_every else None)
+        for stage, how in forcing.STAGES.items()})
+    monkeypatch.setattr(forcing, "CRITIC_FIRST", 2)
 
 
 def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_training, tmp_path, capsys):
@@ -164,14 +168,12 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
         generator.train(stages, ranks, "generator", steps=steps, device="cpu", clips=2)
     assert "generator: goes on at step 1 of 3" in capsys.readouterr().out
     generator.train(stages, ranks, "refined", steps=2, device="cpu", clips=2)
-    forcing.train(stages, ranks, "distilled", steps=5, device="cpu", batch=1, rate=1e-3, lora=False, blocks=5,
-                  switch_every=None)
-    forcing.train(stages, ranks, "streaming", steps=7, device="cpu", batch=1, rate=1e-3, lora=True, blocks=7,
-                  switch_every=(2, 2))
+    for stage, steps in (("distilled", 5), ("matched", 5), ("streaming", 7)):
+        forcing.train(stages, ranks, stage, steps=steps, device="cpu", batch=1)
     assert {file.name for file in (stages / "curves").iterdir()} == {
-        f"{stage}.json" for stage in ("vae", "reading", "generator", "refined", "distilled", "streaming")}
+        f"{stage}.json" for stage in ("vae", "reading", "generator", "refined", "distilled", "matched", "streaming")}
 
-    for stage in ("generator", "refined", "distilled", "streaming"):
+    for stage in ("generator", "refined", "distilled", "matched", "streaming"):
         shares = look(stages, stage, "cpu", videos=2)
         assert set(shares) == set(ATTRIBUTES)
         assert (stages / f"looks/{stage}.png").stat().st_size > 0
@@ -188,5 +190,5 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
     again = tmp_path / "again"
     again.mkdir()
     restore(tmp_path / "checkpoint", again)
-    first, second = (generator.load(folder, "cpu", "distilled.pt")[0].state_dict() for folder in (stages, again))
+    first, second = (generator.load(folder, "cpu", "matched.pt")[0].state_dict() for folder in (stages, again))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -54,7 +54,8 @@ class Phase:
 PHASES = {"generator": (Phase(0.43, 1, 512, 1), Phase(0.57, 7, 48, 2)),
           "refined": (Phase(0.5, 1, 512, 1), Phase(0.5, 7, 48, 2))}
 RATES = {"generator": 2e-3, "refined": 1.2e-3}
-RESULTS = ("distilled.pt", "refined.pt", "generator.pt")  # files with a generator, the latest first
+TEACHERS = ("refined.pt", "generator.pt")  # files with a generator, the latest first
+RESULTS = ("matched.pt", "distilled.pt", *TEACHERS)
 FIRST_BLOCKS = 3  # so many times more clips of one block than of all
 READING = 0.1  # steps of it for each step of the generator's
 

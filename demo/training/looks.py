@@ -11,8 +11,10 @@ from demo.captions import caption
 from demo.evaluation.sheets import sheet
 from demo.judge import ATTRIBUTES, COUNT, WINDOW, Judge
 from demo.training import vae as vaes
-from demo.training.forcing import Teacher, Videos, embed, load_student
+from demo.training.forcing import load_student
 from demo.training.generator import PHASES
+from demo.training.rollout import Videos, embed
+from demo.training.teacher import Teacher
 from demo.world import CATEGORIES, FPS, sample, scene_of
 
 SHOWN = (0, 20, 40, 80)  # frames of each video in the contact sheet
@@ -36,7 +38,11 @@ def look(folder: Path, stage: str, device: str, videos: int = 128, blocks: int =
     for _ in range(blocks):
         made.begin()
         noise = torch.randn_like(made.latest)
-        x0 = teacher(noise, 1.0, made.past(), made.embeds) if stage in PHASES else made.denoise()
+        if stage in PHASES:
+            teacher.see(made.past(), made.embeds)
+            x0 = teacher.endpoint(noise, 1.0)
+        else:
+            x0 = made.denoise()
         made.remember(x0)
         made.finish(x0)
         latents.append(x0)
