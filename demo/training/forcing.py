@@ -55,6 +55,7 @@ STAGES = {
     "streaming": Stage(rate=1e-3, blocks=100, lora=True, switch_every=(5, 16)),
 }
 CRITIC_FIRST = 100  # steps in which only the critic learns
+CRITIC = "critic.pt"  # as the latest stage left it
 
 
 class Lesson:
@@ -116,6 +117,8 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
     critic_weights = []
     if how.critic:
         known = copy.deepcopy(teacher_model).requires_grad_(True)
+        if (folder / CRITIC).exists():
+            known = stage2.load(folder, device, CRITIC)[0]
         critic, critic_weights = Critic(copy.deepcopy(known), known, batch, dtype), list(known.parameters())
         learner = torch.optim.AdamW(critic_weights, lr=how.critic, betas=how.betas, weight_decay=0.0,
                                     fused=device != "cpu")
@@ -169,6 +172,8 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
                              for name, low in trained.items()}}, folder / f"{stage}.pt")
     else:
         stage2.save(folder / f"{stage}.pt", student, text)
+    if ranks.first and how.critic:
+        stage2.save(folder / CRITIC, known, text)
     ranks.wait()
 
 
