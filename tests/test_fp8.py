@@ -267,7 +267,7 @@ def test_fused_write_is_norm_rope_and_update(relative_rope):
             cache.begin(3 * block, 3)
         one = caches[0].write(0, k, v, norm, turns)
         other = caches[1].update(0, rms_rope(k, norm.weight, norm.eps, turns), v)
-        for a, b in zip(one, other, strict=True):
+        for a, b in zip(one[:4], other[:4], strict=True):
             assert torch.equal(a.float(), b.float())
 
 
@@ -277,7 +277,7 @@ def test_scales_are_each_samples_own():
     both, alone = new_cache(batch=2), new_cache()
     for cache in (both, alone):
         cache.begin(0, 3)
-    for a, b in zip(both.update(0, k, v), alone.update(0, k[1:], v[1:]), strict=True):
+    for a, b in zip(both.update(0, k, v)[:4], alone.update(0, k[1:], v[1:])[:4], strict=True):
         assert torch.equal(a[1:].float(), b.float())
 
 
