@@ -153,6 +153,25 @@ def test_what_all_keys_have_in_common_changes_nothing():
     assert relative(got, exact_attention(q, k, v)) < 0.04  # weights are rounded
 
 
+def test_keys_of_a_latent_share_a_scale():
+    """As the attention of a GPU counts on; of other latents and heads they are their own."""
+    cache = new_cache()
+    cache.begin(0, 3)
+    held = cache.update(0, with_outliers(1, 60, 2, 64), draw(1, 60, 2, 64))
+    scales = held.key_scale.unflatten(-1, (3, 20))
+    assert held.run == 20 and (scales == scales[..., :1]).all() and scales.unique().numel() == 6
+
+
+@pytest.mark.parametrize("run", [1, 4, 20])
+def test_no_key_is_rounded_further_than_half_a_step(run):
+    k, mean = with_outliers(2, 20, 3, 16), draw(2, 3, 16)
+    out, scale = torch.empty(2, 20, 3, 16, dtype=torch.int8), torch.empty(2, 3, 20)
+    fp8.write_less_mean(k, mean, out, scale, run)
+    step = scale.transpose(1, 2)[..., None]
+    assert ((out * step + mean[:, None] - k).abs() <= 0.501 * step).all()
+    assert out.abs().amax((1, 3)).eq(127).all()
+
+
 def test_keys_less_their_mean_are_rounded_less():
     common = 30 * draw(2, 64)
     common[:, : 2 * frame_pairs(64)] = 0  # channels that turn with the frame keep their mean

@@ -27,7 +27,7 @@ LOG2_E = 1.4426950408889634
 # begins at the bits of 1.5·2^23 ends at the bits of 1.5·2^23 plus its value: read as a float it needs no conversion.
 BITS, OFFSET = tl.constexpr(0x4B400000), tl.constexpr(12582912.0)
 GROUP = tl.constexpr(16)  # keys that are read in an order of their own
-HOPPER_TILES = 2  # that a processor of Hopper computes at a time
+REGISTERS, OF_A_THREAD = 65536, 255  # that a processor of Hopper has, and a thread at most
 # Queries and keys of a tile, warps, stages of loads, registers of a thread at most; by the major compute capability.
 # Hopper and the Blackwell of data centres hold large tiles; on others a larger one does not fit the registers.
 TILES = {9: (64, 128, 4, 3, None), 10: (128, 128, 8, 3, None), 8: (128, 32, 8, 3, None), 12: (128, 32, 8, 3, None)}
@@ -85,7 +85,8 @@ def attention(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_
     major = torch.cuda.get_device_capability(q.device)[0]
     tile = TILES.get(major, TILES[12])
     if batch == 1 and major == 9:
-        first, parts = waves.shares(queries, keys.shape[1], heads, tile[0], waves.at_once(q.device, HOPPER_TILES))
+        of_a_processor = REGISTERS // (32 * tile[2] * (tile[4] or OF_A_THREAD))
+        first, parts = waves.shares(queries, keys.shape[1], heads, tile[0], waves.at_once(q.device, of_a_processor))
         if parts > 1:
             out = torch.empty(q.shape, dtype=dtype, device=q.device)
             _run(q[:, :first], query_scale[:, :first], keys, values, key_scale, value_scale, run, tile,
