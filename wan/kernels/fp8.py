@@ -37,7 +37,7 @@ class Held(NamedTuple):
     values: Tensor  # e4m3 [B, H, D, S]
     key_scale: Tensor  # float32 [B, H, S]
     value_scale: Tensor  # float32 [B, H]
-    run: int = 1  # keys in a row that share a scale, at least, but where samples or what is held begin and end
+    run: int = 1  # of the keys of a head, how many from each multiple of it share a scale
 
 
 def to_e4m3(x: Tensor) -> Tensor:

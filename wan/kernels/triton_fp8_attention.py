@@ -33,9 +33,9 @@ REGISTERS, OF_A_THREAD = 65536, 255  # that a processor of Hopper has, and a thr
 TILES = {9: (64, 128, 4, 3, None), 10: (128, 128, 8, 3, None), 8: (128, 32, 8, 3, None), 12: (128, 32, 8, 3, None)}
 
 
-@triton.jit(do_not_specialize=["queries", "filled", "run"])
+@triton.jit(do_not_specialize=["queries", "filled", "run", "skipped", "groups"])
 def _attention(queries_of, keys, values, query_scale, key_scale, value_scale, out, log_sums, queries, filled, run,
-               groups, scale_sample_stride, scale_head_stride, factor, H: tl.constexpr, D: tl.constexpr,
+               skipped, groups, scale_sample_stride, scale_head_stride, factor, H: tl.constexpr, D: tl.constexpr,
                M: tl.constexpr, N: tl.constexpr, WANT_SUMS: tl.constexpr):
     sample, head = tl.program_id(1) // H, tl.program_id(1) % H
     first = tl.program_id(0) * M
@@ -47,11 +47,15 @@ def _attention(queries_of, keys, values, query_scale, key_scale, value_scale, ou
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
+    next_scale = tl.load(key_scale)
+    border = run - sample * skipped % run  # where another scale may begin
     for start in range(0, filled, N):
-        scale, last_scale = tl.load(key_scale + start), tl.load(key_scale + tl.minimum(start + N, filled) - 1)
         k = keys.load([sample * groups + start // GROUP, 0, 0, 0, head * D]).reshape(N, D)
         sums = tl.dot(q, k.T, tl.full([M, N], BITS, tl.int32), out_dtype=tl.int32)
-        if (start + N > filled) | (run < N) | (scale != last_scale):  # some are no keys, or have another scale
+        scale = next_scale
+        if start + N > tl.minimum(border, filled):  # some have another scale, or are no keys
+            next_scale = tl.load(key_scale + tl.minimum(start + N, filled - 1))
+            border += run
             # Sums in units of the largest scale: rounded to integers, where another is smaller.
             place = tl.permute(tl.reshape(start + tl.arange(0, N), [N // GROUP, 4, 2, 2]), 0, 2, 1, 3).reshape(N)
             scales = tl.load(key_scale + place, place < filled, other=0.0)
@@ -97,7 +101,7 @@ def attention(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_
             _run(rest, rest_scale, keys.view(parts, -1, *keys.shape[2:]),
                  values[0].unflatten(-1, (parts, -1)).permute(2, 0, 1, 3),
                  key_scale[0].unflatten(-1, (parts, -1)).transpose(0, 1), waves.several(value_scale, parts), run, tile,
-                 some, sums)
+                 some, sums, are_parts=True)
             out[:, first:] = waves.add_up(some, sums / LOG2_E)
             return out
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -106,9 +110,9 @@ def attention(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_
 
 
 def _run(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor, value_scale: Tensor, run: int,
-         tile: tuple, out: Tensor, log_sums: Tensor | None = None) -> None:
+         tile: tuple, out: Tensor, log_sums: Tensor | None = None, are_parts: bool = False) -> None:
     """Attention in one go, into `out` and, where it is given, `log_sums` [B, S, H, 1]: log2 of the sums of the
-    exponentials."""
+    exponentials. are_parts: the keys of a sample follow those of the one before."""
     batch, queries, heads, head_dim = q.shape
     if key_scale.stride(2) != 1:
         raise ValueError(f"scales of keys with strides {key_scale.stride()} do not follow each other")
@@ -117,8 +121,9 @@ def _run(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_scale
     _attention[(triton.cdiv(queries, m), batch * heads)](
         TensorDescriptor.from_tensor(q, [1, m, 1, head_dim]), in_groups,
         TensorDescriptor.from_tensor(values, [1, 1, head_dim, n]), query_scale, key_scale, value_scale, out, log_sums,
-        queries, keys.shape[1], run, groups, *key_scale.stride()[:2], LOG2_E * head_dim**-0.5, H=heads, D=head_dim,
-        M=m, N=n, WANT_SUMS=log_sums is not None, num_warps=warps, num_stages=stages, maxnreg=registers,
+        queries, keys.shape[1], run, keys.shape[1] if are_parts else 0, groups, *key_scale.stride()[:2],
+        LOG2_E * head_dim**-0.5, H=heads, D=head_dim, M=m, N=n, WANT_SUMS=log_sums is not None, num_warps=warps,
+        num_stages=stages, maxnreg=registers,
     )
 
 
