@@ -5,7 +5,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from utils.checkpoint import (
@@ -26,6 +25,7 @@ from utils.device import DTYPES
 from utils.errors import UserError
 from utils.key_names import (
     State,
+    decoder_of_vae,
     generator_from_diffusers,
     generator_names,
     text_encoder_from_wan,
@@ -37,6 +37,7 @@ from wan.model import CausalWan, WanConfig
 from wan.text_encoder import TextEncoder
 from wan.tiny_decoder import TinyDecoder
 from wan.vae import WanVAE
+from wan.vae_decoder import VAEConfig, VAEDecoder
 
 log = logging.getLogger(__name__)
 
@@ -96,16 +97,18 @@ class BaseModel:
         path = self._file("diffusion_pytorch_model.safetensors")
         return generator_names(read(path)), [path]
 
-    def vae_state(self, path: str | None) -> tuple[AutoencoderKLWan, State, str]:
-        """An empty VAE, its weights in diffusers' names, and where they are from."""
+    def vae_state(self, path: str | None) -> tuple[VAEDecoder, State, str]:
+        """The empty decoder of the VAE, its weights in diffusers' names, and where they are from."""
         if path is None and self.is_diffusers:
-            sizes = read_json(self._file("vae/config.json"))
-            with torch.device("meta"):
-                return AutoencoderKLWan.from_config(sizes), read_folder(self.folder / "vae"), str(self.folder / "vae")
-        file = self._file("Wan2.1_VAE.pth") if path is None else find_file(path, "vae_ckpt", GET)
+            source, config = self.folder / "vae", VAEConfig.of(read_json(self._file("vae/config.json")))
+            state = read_folder(source)
+        else:
+            source = self._file("Wan2.1_VAE.pth") if path is None else find_file(path, "vae_ckpt", GET)
+            config = VAEConfig.of(self._sizes("vae_config.json", {}))
+            state = vae_from_wan(read(source), config.num_res_blocks)
         with torch.device("meta"):
-            model = AutoencoderKLWan.from_config(self._sizes("vae_config.json", {}))
-        return model, vae_from_wan(read(file), model.config.num_res_blocks), str(file)
+            model = VAEDecoder(config)
+        return model, decoder_of_vae(state), str(source)
 
     def text_state(self) -> tuple[UMT5EncoderModel, State, str]:
         """An empty text encoder, its weights in transformers' names, and where they are from."""

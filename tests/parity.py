@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from pipeline.session import Session
+from tests.diffusers_vae import DiffusersVAE, empty
 from utils.checkpoint import fill, merge_loras, pick_generator, read, read_json
 from utils.config import Config, LoraFile, ModelKwargs
 from utils.key_names import lora_modules, text_encoder_from_wan, vae_from_wan
@@ -126,10 +126,9 @@ def stream(decoder: WanVAE | TinyDecoder, latents: Tensor) -> Tensor:
 
 
 def vae_case(folder: Path, name: str, recorded: dict[str, Tensor]) -> Iterator[Result]:
-    with torch.device("meta"):
-        model = AutoencoderKLWan.from_config(read_json(folder / "vae_config.json"))
+    model = empty(read_json(folder / "vae_config.json"))
     path = folder / "Wan2.1_VAE.pth"
-    vae = WanVAE(fill(model, vae_from_wan(read(path), model.config.num_res_blocks), str(path), torch.float32))
+    vae = DiffusersVAE(fill(model, vae_from_wan(read(path), model.config.num_res_blocks), str(path), torch.float32))
     vae.to(recorded["latents"].device)
     yield f"{name}.decode", error(vae.decode(recorded["latents"]), recorded["video"])
     yield f"{name}.stream", error(stream(vae, recorded["latents"]), recorded["video"])
