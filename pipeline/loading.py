@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from tokenizers import Tokenizer
 
 from utils.checkpoint import (
     GET,
@@ -36,14 +36,11 @@ from utils.paths import REPOSITORY, find_file, locate
 from wan.model import CausalWan, WanConfig
 from wan.text_encoder import TextEncoder
 from wan.tiny_decoder import TinyDecoder
+from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import WanVAE
 from wan.vae_decoder import VAEConfig, VAEDecoder
 
 log = logging.getLogger(__name__)
-
-# Sizes of UMT5-XXL's encoder; transformers' own defaults are those of a small one.
-UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-            "relative_attention_num_buckets": 32}
 
 
 class BaseModel:
@@ -110,27 +107,33 @@ class BaseModel:
             model = VAEDecoder(config)
         return model, decoder_of_vae(state), str(source)
 
-    def text_state(self) -> tuple[UMT5EncoderModel, State, str]:
+    def text_state(self) -> tuple[UMT5Encoder, State, str]:
         """An empty text encoder, its weights in transformers' names, and where they are from."""
         if self.is_diffusers:
             source = self.folder / "text_encoder"
-            config, state = read_json(self._file("text_encoder/config.json")), tied_embedding(read_folder(source))
+            sizes, state = read_json(self._file("text_encoder/config.json")), tied_embedding(read_folder(source))
         else:
             source = self._file("models_t5_umt5-xxl-enc-bf16.pth")
-            config, state = self._sizes("t5_config.json", UMT5_XXL), text_encoder_from_wan(read(source))
+            sizes, state = self._sizes("t5_config.json", {}), text_encoder_from_wan(read(source))
+        kind = sizes.get("feed_forward_proj", "gated-gelu")
+        if kind != "gated-gelu":
+            raise UserError(f"{source}: a text encoder with feed_forward_proj={kind}; UMT5's is gated-gelu")
         with torch.device("meta"):
-            model = UMT5EncoderModel(UMT5Config(**{"feed_forward_proj": "gated-gelu", **config}))
+            model = UMT5Encoder(UMT5Config.of(sizes))
         return model, state, str(source)
 
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
         folder = self.folder / ("tokenizer" if self.is_diffusers else "google/umt5-xxl")
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder, the tokenizer should be there; {GET}")
         try:
-            return AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # of whatever kind: of the files' contents, by the hands of three libraries
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library has no type of its own for it
             reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{folder}: no tokenizer that transformers can load ({reason}); {GET}") from None
+            raise UserError(f"{folder}: no tokenizer.json that can be loaded ({reason}); {GET}") from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
 
 def fingerprints(config: Config) -> dict[str, str]:
@@ -196,6 +199,4 @@ def load_decoder(config: Config, base: BaseModel, dtype: torch.dtype) -> WanVAE 
 def load_text_encoder(config: Config, base: BaseModel, max_tokens: int) -> TextEncoder:
     """The text encoder and its tokenizer on the CPU."""
     model, state, source = base.text_state()
-    model = fill(model, state, source, DTYPES[config.text_encoder_dtype])
-    model.set_input_embeddings(model.shared)  # one matrix again: as two, a move to the GPU would make 2 GB more of it
-    return TextEncoder(model, base.tokenizer(), max_tokens)
+    return TextEncoder(fill(model, state, source, DTYPES[config.text_encoder_dtype]), base.tokenizer(), max_tokens)

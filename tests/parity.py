@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
 
 from pipeline.session import Session
 from tests.diffusers_vae import DiffusersVAE, empty
@@ -21,8 +20,8 @@ from utils.config import Config, LoraFile, ModelKwargs
 from utils.key_names import lora_modules, text_encoder_from_wan, vae_from_wan
 from wan.geometry import PIXELS
 from wan.model import CausalWan, WanConfig
-from wan.text_encoder import encode
 from wan.tiny_decoder import TinyDecoder
+from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import WanVAE
 
 TOLERANCE = 1e-4
@@ -106,11 +105,12 @@ def generator_case(folder: Path, name: str, recorded: dict[str, Tensor], case: d
 
 def text_case(folder: Path, name: str, recorded: dict[str, Tensor]) -> Iterator[Result]:
     with torch.device("meta"):
-        sizes = {"feed_forward_proj": "gated-gelu", **read_json(folder / "t5_config.json")}
-        model = UMT5EncoderModel(UMT5Config(**sizes))
+        model = UMT5Encoder(UMT5Config.of(read_json(folder / "t5_config.json")))
     path = folder / "models_t5_umt5-xxl-enc-bf16.pth"
     fill(model, text_encoder_from_wan(read(path)), str(path), torch.float32).to(recorded["input_ids"].device)
-    embeds = encode(model, recorded["input_ids"], recorded["attention_mask"])
+    embeds = torch.zeros_like(recorded["prompt_embeds"])
+    for row, ids, count in zip(embeds, recorded["input_ids"], recorded["attention_mask"].sum(1), strict=True):
+        row[:count] = model(ids[None, :count])
     yield name, error(embeds, recorded["prompt_embeds"])
 
 
