@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.random_checkpoint import SIZES, randomise
+from demo.random_weights import SIZES, randomise
 from scripts.benchmarking.clock import draw, error, milliseconds
 from utils.checkpoint import fill
 from wan import vae

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from demo.random_checkpoint import SIZES, randomise
+from demo.random_weights import SIZES, randomise
 from scripts.benchmark import RESOLUTIONS
 from scripts.benchmarking.random_engine import random_engine
 from tests.conftest import GOLDEN

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from demo.random_checkpoint import SIZES
+from demo.random_weights import SIZES
 from pipeline.loading import BaseModel, load_decoder
 from tests.diffusers_vae import DiffusersVAE, empty
 from utils.checkpoint import fill, read_folder, read_json

@@ -38,7 +38,7 @@ class UMT5Encoder(nn.Module):
 
     def __init__(self, config: UMT5Config):
         super().__init__()
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = _table(config.vocab_size, config.d_model)
         self.encoder = Stack(config, self.shared)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         inner = config.num_heads * config.d_kv
         self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, config.d_model, bias=False)
-        self.relative_attention_bias = nn.Embedding(self.buckets, config.num_heads)
+        self.relative_attention_bias = _table(self.buckets, config.num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, L, d_model] → the same."""
@@ -143,6 +143,11 @@ class Attention(nn.Module):
         near, far = half // 2, distance.abs()
         grown = torch.log(far.float() / near) / math.log(self.furthest / near) * (half - near)
         return half * (distance > 0) + torch.where(far < near, far, (near + grown.long()).clamp(max=half - 1))
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """An embedding without values. PyTorch would draw some, and on the meta device import its compiler for that."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width))
 
 
 def _gelu(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from demo.random_checkpoint import SIZES, Sizes, draw
+from demo.random_weights import SIZES, Sizes, draw
 from pipeline.engine import Engine
 from pipeline.precision import check_precision, in_precision
 from utils.checkpoint import fill
