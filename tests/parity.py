@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
@@ -108,10 +109,11 @@ def text_case(folder: Path, name: str, recorded: dict[str, Tensor]) -> Iterator[
         model = UMT5Encoder(UMT5Config.of(read_json(folder / "t5_config.json")))
     path = folder / "models_t5_umt5-xxl-enc-bf16.pth"
     fill(model, text_encoder_from_wan(read(path)), str(path), torch.float32).to(recorded["input_ids"].device)
-    embeds = torch.zeros_like(recorded["prompt_embeds"])
-    for row, ids, count in zip(embeds, recorded["input_ids"], recorded["attention_mask"].sum(1), strict=True):
-        row[:count] = model(ids[None, :count])
-    yield name, error(embeds, recorded["prompt_embeds"])
+    rows = []
+    for ids, count in zip(recorded["input_ids"], recorded["attention_mask"].sum(1), strict=True):
+        embeds = model(ids[None, :count])[0]
+        rows.append(F.pad(embeds, (0, 0, 0, len(ids) - len(embeds))))
+    yield name, error(torch.stack(rows), recorded["prompt_embeds"])
 
 
 def stream(decoder: WanVAE | TinyDecoder, latents: Tensor) -> Tensor:
