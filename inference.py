@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
                          "what the video shows; repeat it for more videos")
     task = parse(parser, argv)
     asked = [] if task.remake else stories(task)
-    from pipeline.run import run  # after the arguments: torch and diffusers take seconds to import
+    from pipeline.run import run  # after the arguments: torch takes seconds to import
 
     run(task, asked)
 

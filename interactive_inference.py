@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
                          "configs/demo_interactive.yaml", "the first prompt; repeat it for those that follow")
     task = parse(parser, argv)
     asked = [] if task.remake else stories(task)
-    from pipeline.run import run  # after the arguments: torch and diffusers take seconds to import
+    from pipeline.run import run  # after the arguments: torch takes seconds to import
 
     run(task, asked)
 

@@ -9,7 +9,7 @@ def main(argv: list[str] | None = None) -> None:
     from live.cli import parse
 
     task = parse(argv)
-    from live.run import run  # after the arguments: torch and diffusers take seconds to import
+    from live.run import run  # after the arguments: torch takes seconds to import
 
     run(task)
 

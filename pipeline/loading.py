@@ -5,8 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from tokenizers import Tokenizer
 
 from utils.checkpoint import (
     GET,
@@ -26,6 +25,7 @@ from utils.device import DTYPES
 from utils.errors import UserError
 from utils.key_names import (
     State,
+    decoder_of_vae,
     generator_from_diffusers,
     generator_names,
     text_encoder_from_wan,
@@ -36,13 +36,11 @@ from utils.paths import REPOSITORY, find_file, locate
 from wan.model import CausalWan, WanConfig
 from wan.text_encoder import TextEncoder
 from wan.tiny_decoder import TinyDecoder
+from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import WanVAE
+from wan.vae_decoder import VAEConfig, VAEDecoder
 
 log = logging.getLogger(__name__)
-
-# Sizes of UMT5-XXL's encoder; transformers' own defaults are those of a small one.
-UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-            "relative_attention_num_buckets": 32}
 
 
 class BaseModel:
@@ -96,38 +94,46 @@ class BaseModel:
         path = self._file("diffusion_pytorch_model.safetensors")
         return generator_names(read(path)), [path]
 
-    def vae_state(self, path: str | None) -> tuple[AutoencoderKLWan, State, str]:
-        """An empty VAE, its weights in diffusers' names, and where they are from."""
+    def vae_state(self, path: str | None) -> tuple[VAEDecoder, State, str]:
+        """The empty decoder of the VAE, its weights in diffusers' names, and where they are from."""
         if path is None and self.is_diffusers:
-            sizes = read_json(self._file("vae/config.json"))
-            with torch.device("meta"):
-                return AutoencoderKLWan.from_config(sizes), read_folder(self.folder / "vae"), str(self.folder / "vae")
-        file = self._file("Wan2.1_VAE.pth") if path is None else find_file(path, "vae_ckpt", GET)
+            source, config = self.folder / "vae", VAEConfig.of(read_json(self._file("vae/config.json")))
+            state = read_folder(source)
+        else:
+            source = self._file("Wan2.1_VAE.pth") if path is None else find_file(path, "vae_ckpt", GET)
+            config = VAEConfig.of(self._sizes("vae_config.json", {}))
+            state = vae_from_wan(read(source), config.num_res_blocks)
         with torch.device("meta"):
-            model = AutoencoderKLWan.from_config(self._sizes("vae_config.json", {}))
-        return model, vae_from_wan(read(file), model.config.num_res_blocks), str(file)
+            model = VAEDecoder(config)
+        return model, decoder_of_vae(state), str(source)
 
-    def text_state(self) -> tuple[UMT5EncoderModel, State, str]:
+    def text_state(self) -> tuple[UMT5Encoder, State, str]:
         """An empty text encoder, its weights in transformers' names, and where they are from."""
         if self.is_diffusers:
             source = self.folder / "text_encoder"
-            config, state = read_json(self._file("text_encoder/config.json")), tied_embedding(read_folder(source))
+            sizes, state = read_json(self._file("text_encoder/config.json")), tied_embedding(read_folder(source))
         else:
             source = self._file("models_t5_umt5-xxl-enc-bf16.pth")
-            config, state = self._sizes("t5_config.json", UMT5_XXL), text_encoder_from_wan(read(source))
+            sizes, state = self._sizes("t5_config.json", {}), text_encoder_from_wan(read(source))
+        kind = sizes.get("feed_forward_proj", "gated-gelu")
+        if kind != "gated-gelu":
+            raise UserError(f"{source}: a text encoder with feed_forward_proj={kind}; UMT5's is gated-gelu")
         with torch.device("meta"):
-            model = UMT5EncoderModel(UMT5Config(**{"feed_forward_proj": "gated-gelu", **config}))
+            model = UMT5Encoder(UMT5Config.of(sizes))
         return model, state, str(source)
 
-    def tokenizer(self):
+    def tokenizer(self) -> Tokenizer:
         folder = self.folder / ("tokenizer" if self.is_diffusers else "google/umt5-xxl")
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder, the tokenizer should be there; {GET}")
         try:
-            return AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # of whatever kind: of the files' contents, by the hands of three libraries
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library has no type of its own for it
             reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{folder}: no tokenizer that transformers can load ({reason}); {GET}") from None
+            raise UserError(f"{folder}: no tokenizer.json that can be loaded ({reason}); {GET}") from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
 
 def fingerprints(config: Config) -> dict[str, str]:
@@ -193,6 +199,4 @@ def load_decoder(config: Config, base: BaseModel, dtype: torch.dtype) -> WanVAE 
 def load_text_encoder(config: Config, base: BaseModel, max_tokens: int) -> TextEncoder:
     """The text encoder and its tokenizer on the CPU."""
     model, state, source = base.text_state()
-    model = fill(model, state, source, DTYPES[config.text_encoder_dtype])
-    model.set_input_embeddings(model.shared)  # one matrix again: as two, a move to the GPU would make 2 GB more of it
-    return TextEncoder(model, base.tokenizer(), max_tokens)
+    return TextEncoder(fill(model, state, source, DTYPES[config.text_encoder_dtype]), base.tokenizer(), max_tokens)

@@ -28,7 +28,7 @@ from wan.geometry import first_frame, frames_of
 
 log = logging.getLogger(__name__)
 
-LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
+LIBRARIES = ("torch", "tokenizers", "numpy")
 SHOWN = 90  # characters of a prompt in a plan
 
 

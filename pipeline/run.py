@@ -31,8 +31,12 @@ def run(task: Task, stories: list[Story]) -> None:
 
     Raises UserError for whatever the user can mend, before anything is computed wherever that is possible.
     """
+    with Ranks() as ranks:
+        _run(task, stories, ranks)
+
+
+def _run(task: Task, stories: list[Story], ranks: Ranks) -> None:
     config = task.config
-    ranks = Ranks()
     if not ranks.is_first:
         logging.getLogger().setLevel(logging.WARNING)
     find_ffmpeg()
@@ -53,7 +57,6 @@ def run(task: Task, stories: list[Story]) -> None:
         reports = [RankReport()]
     if ranks.is_first and task.profile is not None:
         _write_profile(task.profile, reports)
-    ranks.close()
 
 
 def _plan(task: Task, stories: list[Story]) -> tuple[list[Job], list[Path]]:

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.random_checkpoint import SIZES
+from demo.random_weights import SIZES
 from pipeline.engine import Engine
 from scripts.benchmarking import gpu_use, picture, processes, report, roofline
 from scripts.benchmarking.operations import operations_of_a_block

@@ -33,7 +33,7 @@ from websockets.sync.client import connect
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.random_checkpoint import SIZES
+from demo.random_weights import SIZES
 from live.limits import Limits
 from live.packets import HEADER, STILL
 from live.security import Access

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.random_checkpoint import SIZES
+from demo.random_weights import SIZES
 from pipeline.engine import Engine
 from pipeline.precision import in_precision
 from scripts.benchmarking.random_engine import random_engine

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.random_checkpoint import SIZES, randomise
+from demo.random_weights import SIZES, randomise
 from scripts.benchmarking.clock import draw, error, milliseconds
 from utils.checkpoint import fill
 from wan import vae
 from wan.kernels import conv
+from wan.vae_decoder import VAEConfig, VAEDecoder
 
 # Frames with the two of the past, rows, columns, channels and channels of the result: what a latent takes most time in.
 CONVOLUTIONS = ((6, 480, 832, 96, 96), (6, 480, 832, 96, 3), (6, 240, 416, 192, 192))
@@ -121,7 +121,7 @@ def compare_attention(found: dict) -> None:
 def compare_decoders(found: dict) -> None:
     """Of a steady block of three latents."""
     with torch.device("meta"):
-        model = AutoencoderKLWan.from_config(SIZES["full"].vae)
+        model = VAEDecoder(VAEConfig.of(SIZES["full"].vae))
     weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
     decoder = vae.WanVAE(fill(model, weights, "random", torch.bfloat16)).to(torch.device("cuda"))
     latents, first = draw(1, 3, 16, 60, 104), None

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo.random_checkpoint import Sizes, write
+from demo.random_checkpoint import write
+from demo.random_weights import Sizes
 from utils.cli import guarded
 from utils.config import Adapter, Config
 from utils.interrupts import STOPPING

@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
 
 from pipeline.session import Session
+from tests.diffusers_vae import DiffusersVAE, empty
 from utils.checkpoint import fill, merge_loras, pick_generator, read, read_json
 from utils.config import Config, LoraFile, ModelKwargs
 from utils.key_names import lora_modules, text_encoder_from_wan, vae_from_wan
 from wan.geometry import PIXELS
 from wan.model import CausalWan, WanConfig
-from wan.text_encoder import encode
 from wan.tiny_decoder import TinyDecoder
+from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import WanVAE
 
 TOLERANCE = 1e-4
@@ -106,12 +106,14 @@ def generator_case(folder: Path, name: str, recorded: dict[str, Tensor], case: d
 
 def text_case(folder: Path, name: str, recorded: dict[str, Tensor]) -> Iterator[Result]:
     with torch.device("meta"):
-        sizes = {"feed_forward_proj": "gated-gelu", **read_json(folder / "t5_config.json")}
-        model = UMT5EncoderModel(UMT5Config(**sizes))
+        model = UMT5Encoder(UMT5Config.of(read_json(folder / "t5_config.json")))
     path = folder / "models_t5_umt5-xxl-enc-bf16.pth"
     fill(model, text_encoder_from_wan(read(path)), str(path), torch.float32).to(recorded["input_ids"].device)
-    embeds = encode(model, recorded["input_ids"], recorded["attention_mask"])
-    yield name, error(embeds, recorded["prompt_embeds"])
+    rows = []
+    for ids, count in zip(recorded["input_ids"], recorded["attention_mask"].sum(1), strict=True):
+        embeds = model(ids[None, :count])[0]
+        rows.append(F.pad(embeds, (0, 0, 0, len(ids) - len(embeds))))
+    yield name, error(torch.stack(rows), recorded["prompt_embeds"])
 
 
 def stream(decoder: WanVAE | TinyDecoder, latents: Tensor) -> Tensor:
@@ -126,10 +128,9 @@ def stream(decoder: WanVAE | TinyDecoder, latents: Tensor) -> Tensor:
 
 
 def vae_case(folder: Path, name: str, recorded: dict[str, Tensor]) -> Iterator[Result]:
-    with torch.device("meta"):
-        model = AutoencoderKLWan.from_config(read_json(folder / "vae_config.json"))
+    model = empty(read_json(folder / "vae_config.json"))
     path = folder / "Wan2.1_VAE.pth"
-    vae = WanVAE(fill(model, vae_from_wan(read(path), model.config.num_res_blocks), str(path), torch.float32))
+    vae = DiffusersVAE(fill(model, vae_from_wan(read(path), model.config.num_res_blocks), str(path), torch.float32))
     vae.to(recorded["latents"].device)
     yield f"{name}.decode", error(vae.decode(recorded["latents"]), recorded["video"])
     yield f"{name}.stream", error(stream(vae, recorded["latents"]), recorded["video"])

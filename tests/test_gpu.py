@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from torch.nn.attention import SDPBackend
 
-from demo.random_checkpoint import SIZES, randomise
+from demo.random_weights import SIZES, randomise
 from scripts.benchmark import RESOLUTIONS
 from scripts.benchmarking.random_engine import random_engine
 from tests.conftest import GOLDEN
+from tests.diffusers_vae import DiffusersVAE, empty
 from tests.parity import run
 from utils.checkpoint import fill
 from utils.config import load_config
@@ -20,6 +20,7 @@ from wan.kv_cache import KVCache
 from wan.model import Block, CausalWan
 from wan.rope import RotaryEmbedding
 from wan.vae import WanVAE
+from wan.vae_decoder import VAEConfig, VAEDecoder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -205,10 +206,9 @@ def test_the_first_back_end_that_can_is_taken_and_told(monkeypatch):
 @DTYPES
 def test_decoder_streams_what_diffusers_decodes(dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    with torch.device("meta"):
-        model = AutoencoderKLWan.from_config({"base_dim": 32})
+    model = empty({"base_dim": 32})
     weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
-    vae = WanVAE(fill(model, weights, "random", torch.float32)).to(torch.device("cuda"))
+    vae = DiffusersVAE(fill(model, weights, "random", torch.float32)).to(torch.device("cuda"))
     latents = draw(1, 7, 16, 12, 20)
     expected = vae.decode(latents)
     vae.model.to(dtype)
@@ -236,7 +236,7 @@ def test_convolution_of_a_ring(batch, frames, start, count):
 @pytest.mark.skipif(not NEW, reason="no Hopper")
 def test_frames_in_a_ring_are_decoded_as_those_that_are_copied(monkeypatch):
     with torch.device("meta"):
-        model = AutoencoderKLWan.from_config({"base_dim": 96})
+        model = VAEDecoder(VAEConfig())
     weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
     vae = WanVAE(fill(model, weights, "random", torch.bfloat16)).to(torch.device("cuda"))
     latents = draw(1, 14, 16, 8, 18)

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from demo.random_checkpoint import SIZES
+from demo.random_weights import SIZES
 from pipeline.precision import check_precision
 from scripts import fp8_quality
 from scripts.benchmarking import gpu_use

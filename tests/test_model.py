@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from demo.random_checkpoint import randomise
+from demo.random_weights import randomise
 from tests.conftest import GOLDEN
 from utils.checkpoint import read, read_json
 from wan.kv_cache import KVCache

@@ -1,19 +1,25 @@
 """A prompt's way to its embeddings: mended text, tokens, what is cut off, and UMT5 in both layouts."""
 
+import copy
 import dataclasses
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from pipeline.engine import Engine
 from pipeline.loading import BaseModel, load_text_encoder
 from tests.conftest import GOLDEN
+from utils.checkpoint import fill, read_folder, read_json
 from utils.config import Config
 from utils.errors import UserError
-from wan.text_encoder import TextEncoder, clean_prompt, encode
+from utils.key_names import tied_embedding
+from wan.text_encoder import TextEncoder, clean_prompt
+from wan.umt5 import UMT5Config, UMT5Encoder
 
 PROMPTS = ["a red ball", "a small blue cube stands on a hill at night, and the wind moves the grass", "x"]
 LENGTH = 512
@@ -27,6 +33,16 @@ def config(tiny_folder) -> Config:
 @pytest.fixture(scope="module")
 def encoder(config) -> TextEncoder:
     return load_text_encoder(config, BaseModel(config), LENGTH)
+
+
+@pytest.fixture(scope="module")
+def transformers_own(tiny_folder) -> tuple[UMT5EncoderModel, PreTrainedTokenizerBase]:
+    """The plain version: the same encoder and tokenizer, loaded by transformers."""
+    folder = tiny_folder / "tiny/text_encoder"
+    with torch.device("meta"):
+        model = UMT5EncoderModel(transformers.UMT5Config(**read_json(folder / "config.json")))
+    return (fill(model, tied_embedding(read_folder(folder)), str(folder)),
+            AutoTokenizer.from_pretrained(tiny_folder / "tiny/tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -67,31 +83,50 @@ def test_text_that_is_mended_to_the_same_has_the_same_embeddings(encoder):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @torch.inference_mode()
-def test_embeddings_are_those_of_the_padded_and_masked_prompt(encoder, prompt):
-    """As Wan computes them: 512 tokens, those past the prompt's end masked, and zero in what is returned."""
-    padded = encoder.tokenizer(prompt, padding="max_length", truncation=True, max_length=LENGTH,
-                               add_special_tokens=True, return_tensors="pt")
+def test_embeddings_are_those_of_the_padded_and_masked_prompt(encoder, transformers_own, prompt):
+    """As Wan computes them: 512 tokens, those past the prompt's end masked, and zero in what the generator sees."""
+    model, tokenizer = transformers_own
+    padded = tokenizer(prompt, padding="max_length", truncation=True, max_length=LENGTH, add_special_tokens=True,
+                       return_tensors="pt")
     count = int(padded.attention_mask.sum())
-    expected = encode(encoder.model, padded.input_ids, padded.attention_mask)
-    assert expected.shape == (1, LENGTH, 32) and not expected[:, count:].any()
+    expected = model(**padded).last_hidden_state
     got = encoder(prompt)
     assert got.shape == (1, count, 32) and got.abs().min(-1).values.max() > 0
-    torch.testing.assert_close(F.pad(got, (0, 0, 0, LENGTH - count)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, expected[:, :count], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [1, 7, 130, 300])  # beyond 128 tokens all distances are one
 @torch.inference_mode()
-def test_a_prompt_alone_is_as_among_others(encoder):
-    batch = encoder.tokenizer(PROMPTS, padding=True, return_tensors="pt")
-    together = encode(encoder.model, batch.input_ids, batch.attention_mask)
-    for prompt, among_others in zip(PROMPTS, together, strict=True):
-        alone = encoder(prompt)[0]
-        torch.testing.assert_close(among_others[: len(alone)], alone, rtol=0, atol=1e-5)
-        assert not among_others[len(alone):].any()
+def test_embeddings_are_those_of_transformers_to_the_last_bit(transformers_own, dtype, length):
+    theirs = copy.deepcopy(transformers_own[0]).to(dtype)
+    ours = UMT5Encoder(UMT5Config.of(theirs.config.to_dict())).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(length))
+    assert torch.equal(ours(ids), theirs(input_ids=ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS, "", "<pad> 一只 🎈 </s> <nothing>"])
+def test_tokens_are_those_of_transformers(encoder, transformers_own, prompt):
+    tokenizer = transformers_own[1]
+    ids = tokenizer(prompt).input_ids
+    assert encoder.tokens(prompt) == ids
+    short = TextEncoder(encoder.model, encoder.tokenizer, 5)
+    cut = tokenizer(prompt, truncation=True, max_length=5, return_tensors="pt").input_ids
+    assert torch.equal(short(prompt), encoder.model(cut))
+    assert short.overflow(prompt)[1] == (tokenizer.decode(ids[4:], skip_special_tokens=True) if len(ids) > 5 else "")
+
+
+def test_defaults_are_the_sizes_of_the_published_encoder():
+    config = UMT5Config.of({})
+    with torch.device("meta"):
+        model = UMT5Encoder(config)
+    assert 5.6e9 < sum(value.numel() for value in model.parameters()) < 5.7e9
 
 
 def test_tokens_end_with_the_end_token(encoder):
     tokens = encoder.tokens("a red ball")
-    assert tokens[-1] == encoder.tokenizer.eos_token_id and tokens.count(tokens[-1]) == 1
+    assert tokens[-1] == encoder.tokenizer.token_to_id("</s>") and tokens.count(tokens[-1]) == 1
     assert encoder("a red ball").shape[1] == len(tokens)
     assert encoder.tokens("") == [tokens[-1]] and encoder("").shape[1] == 1
 
@@ -166,7 +201,7 @@ def test_native_layer_is_the_plain_equation(native):
         w = {name.removeprefix(f"blocks.{layer}."): value for name, value in state.items()}
         y = norm(x, w["norm1.weight"])
         q, k, v = ((y @ w[f"attn.{part}.weight"].T).unflatten(-1, (4, -1)).transpose(1, 2) for part in "qkv")
-        bias = block.layer[0].SelfAttention.compute_bias(ids.shape[1], ids.shape[1])
+        bias = block.layer[0].SelfAttention.bias(ids.shape[1])
         assert torch.equal(block.layer[0].SelfAttention.relative_attention_bias.weight,
                            w["pos_embedding.embedding.weight"])
         attended = (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
@@ -175,7 +210,7 @@ def test_native_layer_is_the_plain_equation(native):
         gate, value = F.gelu(y @ w["ffn.gate.0.weight"].T, approximate="tanh"), y @ w["ffn.fc1.weight"].T
         x = x + (gate * value) @ w["ffn.fc2.weight"].T
     expected = norm(x, state["norm.weight"])
-    torch.testing.assert_close(encode(model, ids, torch.ones_like(ids)), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-4)
 
 
 def test_encoder_is_freed_and_comes_back_for_a_new_prompt(tiny_config):
@@ -201,7 +236,7 @@ def test_tokenizer_that_is_not_there_is_named(tiny_folder, tmp_path, config):
     config = dataclasses.replace(config, wan_folder=str(tmp_path))
     for path in (tmp_path / "tiny/tokenizer").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"tiny/tokenizer: no tokenizer that transformers can load .*; get it with"):
+    with pytest.raises(UserError, match=r"tiny/tokenizer: no tokenizer\.json that can be loaded .*; get it with"):
         load_text_encoder(config, BaseModel(config), LENGTH)
     (tmp_path / "tiny/tokenizer").rmdir()
     with pytest.raises(UserError, match=r"tiny/tokenizer: no such folder"):

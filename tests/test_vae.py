@@ -1,23 +1,22 @@
 """The VAE and the tiny decoder: a video decoded block by block is the video decoded at once."""
 
 import dataclasses
-import re
 
-import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from demo.random_weights import SIZES
 from pipeline.loading import BaseModel, load_decoder
-from tests.conftest import REPOSITORY
+from tests.diffusers_vae import DiffusersVAE, empty
+from utils.checkpoint import fill, read_folder, read_json
 from utils.errors import UserError
 from wan.tiny_decoder import TinyDecoder
 from wan.vae import WanVAE
+from wan.vae_decoder import VAEConfig, VAEDecoder
 
 LATENTS = 6
-PINNED = re.search(r"^diffusers==(\S+)", (REPOSITORY / "requirements.txt").read_text(), re.M)[1]
 
 
 def tiny_weights() -> dict[str, torch.Tensor]:
@@ -30,7 +29,8 @@ def tiny_weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def load(tiny_folder, tmp_path_factory):
-    """load("wan") or load("taehv") → the decoder that a config with this `vae` gives."""
+    """load("wan") or load("taehv") → the decoder that a config with this `vae` gives; load("diffusers") → the plain
+    version of the first."""
     from utils.config import Config
 
     config = Config(wan_folder=str(tiny_folder), model_name="tiny")
@@ -38,6 +38,8 @@ def load(tiny_folder, tmp_path_factory):
     torch.save(tiny_weights(), published)
     configs = {"wan": config, "taehv": dataclasses.replace(config, vae="taehv", vae_ckpt=str(published))}
     loaded = {vae: load_decoder(c, BaseModel(c), torch.float32) for vae, c in configs.items()}
+    folder = tiny_folder / "tiny/vae"
+    loaded["diffusers"] = DiffusersVAE(fill(empty(read_json(folder / "config.json")), read_folder(folder), str(folder)))
     return loaded.__getitem__
 
 
@@ -47,15 +49,21 @@ def decoder(request, load):
 
 
 @pytest.fixture(scope="module")
+def plain(decoder, load):
+    """What decodes a whole video at once as `decoder` does it block by block."""
+    return load("diffusers") if isinstance(decoder, WanVAE) else decoder
+
+
+@pytest.fixture(scope="module")
 def latents() -> torch.Tensor:
     return torch.randn(1, LATENTS, 16, 3, 4, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 @torch.inference_mode()
-def whole(decoder, latents) -> torch.Tensor:
+def whole(plain, latents) -> torch.Tensor:
     """All latents decoded at once."""
-    return decoder.decode(latents)
+    return plain.decode(latents)
 
 
 @torch.inference_mode()
@@ -98,13 +106,13 @@ def test_a_ring_of_frames_holds_what_copies_hold(load, latents, monkeypatch):
 
 
 @torch.inference_mode()
-def test_two_videos_at_a_time_do_not_disturb_each_other(decoder, latents):
+def test_two_videos_at_a_time_do_not_disturb_each_other(decoder, plain, latents):
     other = latents.flip(1)
     alone = [torch.cat(blocks_of(decoder, video, [3, 2]), 1) for video in (latents, other)]
     first, second = decoder.stream(), decoder.stream()
     taken = [first(latents[:, :3])]
     between = [second(other[:, :3])]
-    decoder.decode(other)  # and neither does one that is decoded at once
+    plain.decode(other)  # and neither does one that is decoded at once
     taken.append(first(latents[:, 3:5]))
     between.append(second(other[:, 3:5]))
     torch.testing.assert_close(torch.cat(taken, 1), alone[0], rtol=0, atol=0)
@@ -112,8 +120,8 @@ def test_two_videos_at_a_time_do_not_disturb_each_other(decoder, latents):
 
 
 @torch.inference_mode()
-def test_videos_of_a_batch_are_independent(decoder, latents, whole):
-    both = decoder.decode(torch.cat([latents.flip(1), latents]))
+def test_videos_of_a_batch_are_independent(plain, latents, whole):
+    both = plain.decode(torch.cat([latents.flip(1), latents]))
     torch.testing.assert_close(both[1:], whole, rtol=0, atol=1e-4)
 
 
@@ -126,7 +134,7 @@ def test_decodes_latents_of_another_type_in_its_own(decoder, latents, whole):
 
 @torch.inference_mode()
 def test_encoding_gives_latents_of_the_shape_that_was_decoded(load, latents):
-    vae = load("wan")
+    vae = load("diffusers")
     encoded = vae.encode(vae.decode(latents))
     assert encoded.shape == latents.shape and encoded.isfinite().all()
 
@@ -134,7 +142,7 @@ def test_encoding_gives_latents_of_the_shape_that_was_decoded(load, latents):
 @torch.inference_mode()
 def test_latents_are_normalised_by_channel(load):
     """Encoding takes each channel's mean and std out of what the model gives, decoding puts them back."""
-    vae = load("wan")
+    vae = load("diffusers")
     pixels = torch.zeros(1, 5, 3, 16, 16)
     raw = vae.model.encode(pixels.transpose(1, 2)).latent_dist.mean.transpose(1, 2)
     config = vae.model.config
@@ -144,17 +152,33 @@ def test_latents_are_normalised_by_channel(load):
                                vae.model.decode(raw.transpose(1, 2)).sample.transpose(1, 2), rtol=0, atol=1e-4)
 
 
-def test_every_weight_of_diffusers_decoder_has_its_part():
-    """WanStream walks AutoencoderKLWan's decoder itself. Where this fails, wan/vae.py does not fit the diffusers that
-    is installed."""
-    model = AutoencoderKLWan.from_config({"base_dim": 4})
+ANOTHER = {"base_dim": 4, "decoder_base_dim": 8, "dim_mult": [1, 2], "temperal_downsample": [True], "num_res_blocks": 3,
+           "z_dim": 6, "latents_mean": [0.5] * 6, "latents_std": [2.0] * 6}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"base_dim": 4}, SIZES["toy"].vae, ANOTHER],
+                         ids=["published", "tiny", "small", "another"])
+def test_weights_are_those_of_diffusers_decoder(sizes):
+    theirs = empty(sizes)
+    with torch.device("meta"):
+        ours = VAEDecoder(VAEConfig.of(dict(theirs.config)))
+    shapes = {name: value.shape for name, value in theirs.state_dict().items()}
+    assert {name: value.shape for name, value in ours.state_dict().items()} == {
+        name: shape for name, shape in shapes.items() if not name.startswith(("encoder.", "quant_conv."))}
+    assert [block.upsamplers and block.upsamplers[0].mode for block in ours.decoder.up_blocks] \
+        == [block.upsamplers and block.upsamplers[0].mode for block in theirs.decoder.up_blocks]
+    defaults = VAEConfig.of(sizes)
+    assert [list(defaults.latents_mean), list(defaults.latents_std), defaults.patch_size] \
+        == [list(theirs.config.latents_mean), list(theirs.config.latents_std), theirs.config.patch_size]
+
+
+def test_every_weight_of_the_decoder_has_its_part():
+    model = VAEDecoder(VAEConfig(base_dim=4))
     stream = WanVAE(model).stream()
-    model.decoder.requires_grad_(True)
+    model.requires_grad_(True)
     latents = torch.randn(1, 3, 16, 2, 2, generator=torch.Generator().manual_seed(0))
     stream(latents).square().sum().backward()
-    unused = [name for name, parameter in model.decoder.named_parameters()
-              if parameter.grad is None or not parameter.grad.any()]
-    assert unused == [], f"diffusers {diffusers.__version__} has these, install diffusers=={PINNED}"
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
 def test_the_tiny_decoders_names_are_those_of_the_published_file():

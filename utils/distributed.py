@@ -11,7 +11,10 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """This process among its equals. They share work and files, and talk over gloo on the CPU."""
+    """This process among its equals. They share work and files, and talk over gloo on the CPU.
+
+    Use it in a `with` statement, or call `close` whatever happens: a process that leaves without may crash as it ends.
+    """
 
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
@@ -58,6 +61,12 @@ class Ranks:
         items = [None] * self.world if self.is_first else None
         dist.gather_object(item, items)
         return items or []
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.close()
 
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():

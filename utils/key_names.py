@@ -114,3 +114,8 @@ def vae_from_wan(state: State, num_res_blocks: int) -> State:
         (r"\.residual\.6\.", ".conv2."),
         (r"\.shortcut\.", ".conv_shortcut."),
     ])
+
+
+def decoder_of_vae(state: State) -> State:
+    """A VAE's weights in diffusers' names without those that only encode."""
+    return {name: value for name, value in state.items() if not name.startswith(("encoder.", "quant_conv."))}

@@ -3,8 +3,10 @@ import re
 
 import ftfy
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from wan.umt5 import UMT5Encoder
 
 
 def clean_prompt(prompt: str) -> str:
@@ -15,12 +17,12 @@ def clean_prompt(prompt: str) -> str:
 class TextEncoder:
     """UMT5 encoder and its tokenizer: a prompt → its embeddings."""
 
-    def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
+    def __init__(self, model: UMT5Encoder, tokenizer: Tokenizer, max_tokens: int):
         self.model, self.tokenizer, self.max_tokens = model.eval().requires_grad_(False), tokenizer, max_tokens
 
     def tokens(self, prompt: str) -> list[int]:
         """Token ids, the end token included, as many as the prompt has (maybe more than `max_tokens`)."""
-        return self.tokenizer(clean_prompt(prompt), add_special_tokens=True, truncation=False, verbose=False).input_ids
+        return self.tokenizer.encode(clean_prompt(prompt)).ids
 
     def overflow(self, prompt: str) -> tuple[int, str]:
         """How many tokens the prompt has, and the end of it that does not fit ("" where all of it does)."""
@@ -33,15 +35,9 @@ class TextEncoder:
     def __call__(self, prompt: str) -> Tensor:
         """Embeddings [1, n, d_model] of the prompt's n ≤ max_tokens tokens.
 
-        The tokens after a prompt's end are masked, so leaving them out gives the same embeddings; the generator pads
-        with zeros.
+        The tokens after a prompt's end are masked in Wan's training, so leaving them out gives the same embeddings; the
+        generator pads with zeros.
         """
-        batch = self.tokenizer(clean_prompt(prompt), add_special_tokens=True, truncation=True,
-                               max_length=self.max_tokens, return_tensors="pt").to(self.model.device)
-        return encode(self.model, batch.input_ids, batch.attention_mask)
-
-
-def encode(model: UMT5EncoderModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """ids, mask [N, L] → embeddings [N, L, d_model], zero where the mask is."""
-    embeds = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    return embeds * attention_mask[..., None].to(embeds.dtype)
+        *words, end = self.tokens(prompt)
+        ids = [*words[: self.max_tokens - 1], end]
+        return self.model(torch.tensor([ids], device=self.model.shared.weight.device))

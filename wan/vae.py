@@ -1,6 +1,5 @@
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -8,14 +7,15 @@ from wan.frame_ring import HISTORY, FrameRing
 from wan.geometry import FRAMES
 from wan.kernels import EPS, conv2d_of_twice, norm_silu
 from wan.kernels.conv import conv3d, conv3d_of_ring, reads_rings
+from wan.vae_decoder import VAEDecoder
 
 TOGETHER = 1  # up-blocks that take all latents of a call at once; one latent fills a GPU, and the memory, after those
 
 
 class WanVAE:
-    """Wan's VAE over diffusers' AutoencoderKLWan, for normalised latents. Weights only: `stream()` makes the state."""
+    """The decoder of Wan's VAE, for normalised latents. Weights only: `stream()` makes the state."""
 
-    def __init__(self, model: AutoencoderKLWan):
+    def __init__(self, model: VAEDecoder):
         self.model = model.eval().requires_grad_(False)
 
     @property
@@ -37,32 +37,18 @@ class WanVAE:
         config = self.model.config
         return torch.tensor(config.latents_mean, **like), torch.tensor(config.latents_std, **like)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Video [B, T, 3, H, W] in [-1, 1], T = 4F−3 → mean of the normalised latents [B, F, 16, h, w]."""
-        mean, std = (x[:, None, None] for x in self._statistics())
-        latents = self.model.encode(pixels.transpose(1, 2).to(mean.dtype)).latent_dist.mean
-        return (latents.transpose(1, 2) - mean) / std
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """All latents of a video at once by diffusers' own decoder, the plain version of `WanStream`.
-
-        [B, F, 16, h, w] → [B, 4F−3, 3, H, W] in [-1, 1].
-        """
-        mean, std = (x[:, None, None] for x in self._statistics())
-        latents = latents.to(mean.dtype) * std + mean
-        return self.model.decode(latents.transpose(1, 2)).sample.transpose(1, 2)
-
     def stream(self) -> "WanStream":
         """The decoder state of a new video."""
         return WanStream(self)
 
 
 class WanStream:
-    """Decodes one video block by block; the same frames as `WanVAE.decode` gives for all its latents together.
+    """Decodes one video block by block; the same frames as diffusers' AutoencoderKLWan gives for all its latents
+    together.
 
-    It has the state that lasts from block to block: the last inputs of each causal convolution. The weights are those
-    of AutoencoderKLWan's decoder. Frames are kept channels-last, [B, T, H, W, C], which convolutions read fastest and
-    where a norm over channels is one over neighbours in memory; norm, SiLU and bias are one pass over them.
+    It has the state that lasts from block to block: the last inputs of each causal convolution. Frames are kept
+    channels-last, [B, T, H, W, C], which convolutions read fastest and where a norm over channels is one over
+    neighbours in memory; norm, SiLU and bias are one pass over them.
 
     A convolution's last inputs are copied from block to block, but those of the largest frames, in the last up-block,
     are kept in a ring where its convolutions can be read from one.

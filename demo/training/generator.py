@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from demo.captions import corpus
-from demo.random_checkpoint import SIZES, tokenizer
+from demo.random_checkpoint import tokenizer
+from demo.random_weights import SIZES
 from demo.training import reading
 from demo.training import vae as vaes
 from demo.training.causal import Parallel, Plan

@@ -15,7 +15,7 @@ from demo.world import CATEGORIES, CHOICES, sample
 
 
 def read(text: UMT5EncoderModel, ids: Tensor) -> Tensor:
-    """As `wan.text_encoder.encode` of token ids [N, n], 0 where there is none, but without a look at the mask on the
+    """Token ids [N, n], 0 where there is none → embeddings [N, n, dim], zero there. Without a look at the mask on the
     host, so that it can be recorded as a CUDA graph."""
     mask = ids > 0
     dtype = text.dtype

@@ -12,7 +12,6 @@ from pipeline.sampler import timesteps
 from wan.geometry import PIXELS
 from wan.kv_cache import KVCache
 from wan.model import CausalWan
-from wan.text_encoder import encode
 
 SIGMAS = [t / 1000 for t in timesteps([1000, 750, 500, 250], SHIFT, warp=True)]  # of the student's four steps
 
@@ -27,7 +26,8 @@ def new_cache(batch: int, device: str, dtype: torch.dtype) -> KVCache:
 def embed(text: nn.Module, ids: Tensor) -> Tensor:
     """Token ids [N, n] → embeddings [N, n, dim], zero after the end."""
     with torch.no_grad():
-        return encode(text, ids, (ids > 0).long())
+        mask = ids > 0
+        return text(input_ids=ids, attention_mask=mask.long()).last_hidden_state * mask[..., None]
 
 
 class Tape:

@@ -7,13 +7,13 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 from torch import Tensor
 
-from demo import random_checkpoint
+from demo.random_weights import SIZES as MODELS
 from demo.training.clips import random_script
 from demo.training.muon import Muon
 from demo.training.progress import Average, Progress, Repeated, cosine, set_rate
 from demo.world import HEIGHT, WIDTH, draw, subject_cover
 
-SIZES = random_checkpoint.SIZES["toy"].vae
+SIZES = MODELS["toy"].vae
 FRAMES = 17  # of a stored clip: 5 latents
 KL = 2e-4  # weight of the divergence, per latent number, from a unit Gaussian
 SUBJECT = 4.0  # how much more the loss counts where the subject is: it is small, moves, and is what one looks at

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from demo.random_checkpoint import Sizes
+from demo.random_weights import Sizes
 from scripts.benchmarking.random_engine import meta_engine
 from utils.config import Config
 from utils.timing import Stopwatch

@@ -3,10 +3,9 @@
 import copy
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from demo.random_checkpoint import SIZES, Sizes, draw
+from demo.random_weights import SIZES, Sizes, draw
 from pipeline.engine import Engine
 from pipeline.precision import check_precision, in_precision
 from utils.checkpoint import fill
@@ -15,6 +14,7 @@ from utils.device import keep_freed_memory, pick_device, pick_dtype, same_on_any
 from wan.model import CausalWan
 from wan.tiny_decoder import TinyDecoder
 from wan.vae import WanVAE
+from wan.vae_decoder import VAEConfig, VAEDecoder
 
 PROMPT_TOKENS = 120
 TAEW2_1 = (16, [256, 128, 64, 64])  # latent channels and widths of the published tiny decoder
@@ -47,11 +47,11 @@ class WeightlessEngine(Engine):
         return self._load_text()
 
 
-def _empty(config: Config, sizes: Sizes | str) -> tuple[CausalWan, AutoencoderKLWan | TinyDecoder]:
+def _empty(config: Config, sizes: Sizes | str) -> tuple[CausalWan, VAEDecoder | TinyDecoder]:
     """Generator and decoder on the meta device."""
     sizes = SIZES[sizes] if isinstance(sizes, str) else sizes
     with torch.device("meta"):
-        decoder = TinyDecoder(*TAEW2_1) if config.vae == "taehv" else AutoencoderKLWan.from_config(sizes.vae)
+        decoder = TinyDecoder(*TAEW2_1) if config.vae == "taehv" else VAEDecoder(VAEConfig.of(sizes.vae))
         return CausalWan(sizes.generator), decoder
 
 
