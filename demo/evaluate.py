@@ -141,7 +141,8 @@ def _is_measured(path: Path, task: Task) -> bool:
 
 
 def _engine(args: argparse.Namespace, arm: str) -> Engine:
-    overrides = [*args.overrides, f"device={args.device}", "cache_merged=false", *ARMS[arm].overrides]
+    overrides = [*args.overrides, f"device={args.device}", "cache_merged=false", "cuda_graphs=false",
+                 *ARMS[arm].overrides]
     return Engine.from_config(load_config(args.config, overrides))
 
 

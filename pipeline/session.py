@@ -132,7 +132,7 @@ class Session:
                     old.copy_(value)
             return
         self._text = text
-        if self.config.captures_passes and self.device.type in GRAPHS_ON:
+        if self.config.cuda_graphs and self.device.type in GRAPHS_ON:
             self._graphed = GraphedWan(self.generator, self.cache, text)
 
     def _recache(self, global_sink: bool) -> None:

@@ -231,7 +231,7 @@ CHANGED = {
     "adapter.dropout": 0.5, "adapter.dtype": "float32", "adapter.verbose": True, "wan_folder": "other", "height": 240,
     "width": 416, "fps": 8, "device": "cpu", "dtype": "float32", "text_encoder_device": "cpu",
     "text_encoder_dtype": "float32", "precision": "fp8", "vae": "taehv", "vae_ckpt": "vae.pth", "cache_merged": False,
-    "cuda_graphs": True, "crf": 30,
+    "cuda_graphs": False, "crf": 30,
 }
 SAME_VIDEO = {
     "data_path", "output_folder", "inference_iter", "num_output_frames", "seed", "num_samples", "save_with_index",

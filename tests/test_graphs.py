@@ -95,11 +95,3 @@ def test_nothing_is_captured_before_the_window_is_full_or_where_it_never_is(tiny
     assert latents(tiny_folder, "aaa", True)[0]._graphed.graphs == {}
     session, _ = latents(tiny_folder, "aaaaaaa", True, local_attn_size=-1)
     assert session._graphed is None or session._graphed.graphs == {}
-
-
-def test_graphs_are_for_fp8_unless_said_otherwise(tiny_folder):
-    config = tiny_settings(tiny_folder, "unused")
-    assert not config.captures_passes
-    assert dataclasses.replace(config, precision="fp8", dtype="auto").captures_passes
-    assert dataclasses.replace(config, cuda_graphs=True).captures_passes
-    assert not dataclasses.replace(config, precision="fp8", dtype="auto", cuda_graphs=False).captures_passes

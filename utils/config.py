@@ -88,7 +88,7 @@ class Config:
     text_encoder_dtype: str = "bfloat16"
     vae: str = "wan"  # wan, or taehv: the tiny decoder
     vae_ckpt: str | None = None  # None: the base model's own; needed for taehv
-    cuda_graphs: bool | None = None  # on a GPU: replay passes as CUDA graphs; None: where the host would be too slow
+    cuda_graphs: bool = True  # on a GPU: replay the passes of a full window as CUDA graphs
     cache_merged: bool = True  # keep the merged generator beside its sources for the next start
     crf: int = 18  # H.264 quality: 0 is lossless, 51 the worst
 
@@ -96,11 +96,6 @@ class Config:
     def window(self) -> int | None:
         """Latents that the K/V cache holds; None keeps everything."""
         return None if self.model_kwargs.local_attn_size == -1 else self.model_kwargs.local_attn_size
-
-    @property
-    def captures_passes(self) -> bool:
-        """Whether passes on a GPU are to be CUDA graphs. In full precision the GPU is slower than the host anyway."""
-        return self.precision == "fp8" if self.cuda_graphs is None else self.cuda_graphs
 
     @property
     def loras(self) -> list[LoraFile]:
