@@ -16,7 +16,7 @@ from demo.training.looks import look
 from demo.training.ranks import Ranks
 
 STAGES = ("vae", "generator", "refined", "distilled", "matched", "streaming")
-STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "matched": 1500, "streaming": 1200}
+STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "matched": 1500, "streaming": 850}
 
 CLIPS = 8192  # drawn for the VAE, and again for the generator
 

@@ -160,9 +160,9 @@ def tiny_training(monkeypatch):
         for stage, phases in generator.PHASES.items()})
     monkeypatch.setattr(generator, "FIRST_BLOCKS", 1)
     monkeypatch.setattr(forcing, "STAGES", {
-        stage: dataclasses.replace(how, blocks=5, switch_every=(2, 2) if how.switch_every else None)
+        stage: dataclasses.replace(how, blocks=5, switch_every=(2, 2) if how.switch_every else None,
+                                   critic_first=min(2, how.critic_first))
         for stage, how in forcing.STAGES.items()})
-    monkeypatch.setattr(forcing, "CRITIC_FIRST", 2)
 
 
 def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_training, tmp_path, capsys):

@@ -3,8 +3,8 @@ its own K/V cache (Self Forcing, Huang et al. 2025, arXiv:2506.08009). A teacher
 the student's own past and judges what the student makes at one of its steps.
 
 Stage 4 teaches it to get in one step to where the teacher gets in many; stage 5 to make videos such as the teacher's,
-whichever. Both train all weights, on videos of a few seconds. Stage 6 trains a LoRA, on videos of a minute and more in
-which the prompt changes and the cache is refreshed: the video streams on, and the loss is on its newest block only.
+whichever. Both train all weights, on videos of a few seconds. Stage 6 goes on so with a LoRA, on videos of a minute and
+more in which the prompt changes and the cache is refreshed: the video streams on, and the loss is on its newest block.
 """
 
 import copy
@@ -38,11 +38,13 @@ JUMPS = 0.03  # how often, of the blocks, it jumps ahead
 class Stage:
     """How a stage trains. rate: of learning. blocks: of a video. critic: its rate, where what the student makes is to
     be distributed as what the teacher makes; 0 where the student is to follow the teacher. switch_every: least and
-    most blocks between prompts. decay: of the running mean of the weights."""
+    most blocks between prompts. critic_first: steps in which only the critic learns. decay: of the running mean of the
+    weights."""
 
     rate: float
     blocks: int
     critic: float = 0.0
+    critic_first: int = 0
     lora: bool = False
     switch_every: tuple[int, int] | None = None
     decay: float = 0.99
@@ -51,10 +53,10 @@ class Stage:
 
 STAGES = {
     "distilled": Stage(rate=3e-4, blocks=7),
-    "matched": Stage(rate=1e-4, blocks=7, critic=2e-4, decay=0.995, betas=(0.0, 0.99)),
-    "streaming": Stage(rate=1e-3, blocks=100, lora=True, switch_every=(5, 16)),
+    "matched": Stage(rate=1e-4, blocks=7, critic=2e-4, critic_first=100, decay=0.995, betas=(0.0, 0.99)),
+    "streaming": Stage(rate=4e-4, blocks=100, critic=1e-4, critic_first=20, lora=True, switch_every=(5, 16), decay=0.995,
+                       betas=(0.0, 0.99)),
 }
-CRITIC_FIRST = 100  # steps in which only the critic learns
 CRITIC = "critic.pt"  # as the latest stage left it
 
 
@@ -160,7 +162,7 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
         ranks.average_gradients(weights + critic_weights)
         if how.critic:
             improve(learner, critic_weights, cosine(step, steps, how.critic, warm=10))
-        if not how.critic or step >= CRITIC_FIRST:
+        if step >= how.critic_first:
             improve(optimiser, weights, cosine(step, steps, how.rate, warm=min(50, steps // 10 + 1)))
         average.update(trained, step)
         progress.log(**losses, **{f"step{chosen + 1}": losses["loss"] * len(SIGMAS)})
