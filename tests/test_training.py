@@ -1,6 +1,7 @@
 """What the training computes is what the generator computes when it makes a video."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from demo.training.export import export, restore
 from demo.training.looks import look
 from demo.training.ranks import Ranks
 from demo.training.reading import read
+from demo.training.teacher import Matching
 from pipeline.engine import Engine
 from pipeline.noise import NoiseSource
 from pipeline.session import Session
@@ -132,6 +134,31 @@ def test_videos_in_training_are_made_as_a_session_makes_them(tiny_training, monk
             videos.remember(x0)
             videos.finish(x0)
             torch.testing.assert_close(x0, session.step_latents().clone(), rtol=1e-4, atol=1e-4)
+
+
+class LeadsTo:
+    """A flow that leads from anywhere to one place."""
+
+    def __init__(self, place: float):
+        self.place = place
+
+    def see(self, past, embeds) -> None:
+        pass
+
+    def flow(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return (x - self.place) / sigma[:, None, None, None, None]
+
+    def learn(self, x0, embeds) -> torch.Tensor:
+        return x0.new_zeros(())
+
+
+@pytest.mark.parametrize("student,teacher,towards", [(0.0, 1.0, 1), (0.5, -1.0, -1), (0.25, 0.25, 0)])
+def test_matching_moves_the_student_to_where_the_teacher_is(student, teacher, towards):
+    videos = SimpleNamespace(past=lambda: None, embeds=None)
+    x0 = torch.full((2, FRAMES, 16, 2, 2), 0.1, requires_grad=True)
+    losses = Matching(LeadsTo(teacher), LeadsTo(student))(videos, x0, 1.0, x0)
+    losses["loss"].backward()
+    assert torch.equal((-x0.grad).where(x0.grad.abs() > 1e-6, 0.0).sign(), torch.full_like(x0, towards))
 
 
 @torch.no_grad()

@@ -54,8 +54,8 @@ class Stage:
 STAGES = {
     "distilled": Stage(rate=3e-4, blocks=7),
     "matched": Stage(rate=1e-4, blocks=7, critic=2e-4, critic_first=100, decay=0.995, betas=(0.0, 0.99)),
-    "streaming": Stage(rate=4e-4, blocks=100, critic=1e-4, critic_first=20, lora=True, switch_every=(5, 16), decay=0.995,
-                       betas=(0.0, 0.99)),
+    "streaming": Stage(rate=4e-4, blocks=100, critic=1e-4, critic_first=20, lora=True, switch_every=(5, 16),
+                       decay=0.995, betas=(0.0, 0.99)),
 }
 CRITIC = "critic.pt"  # as the latest stage left it
 
