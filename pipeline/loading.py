@@ -1,7 +1,6 @@
 """From the files that users have to modules: generator, VAE, text encoder. Weights stay memory-mapped on the CPU."""
 
 import logging
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from utils.key_names import (
 )
 from utils.paths import REPOSITORY, find_file, locate
 from wan.model import CausalWan, WanConfig
+from wan.sizes import from_sizes
 from wan.text_encoder import TextEncoder
 from wan.tiny_decoder import TinyDecoder
 from wan.umt5 import UMT5Config, UMT5Encoder
@@ -83,8 +83,8 @@ class BaseModel:
             heads = sizes.get("num_attention_heads", WanConfig.num_heads)
             sizes |= {"num_heads": heads, "dim": heads * sizes.get("attention_head_dim", 128),
                       "in_dim": sizes.get("in_channels", 16), "out_dim": sizes.get("out_channels", 16)}
-        known = {f.name for f in fields(WanConfig)} - {"patch_size"}
-        return WanConfig(**{key: value for key, value in sizes.items() if key in known})
+        sizes.pop("patch_size", None)  # a list there; it is always the same
+        return from_sizes(WanConfig, sizes)
 
     def generator_state(self) -> tuple[State, list[Path]]:
         """The base model's own transformer, in native names, and the files it is in."""
@@ -97,11 +97,11 @@ class BaseModel:
     def vae_state(self, path: str | None) -> tuple[VAEDecoder, State, str]:
         """The empty decoder of the VAE, its weights in diffusers' names, and where they are from."""
         if path is None and self.is_diffusers:
-            source, config = self.folder / "vae", VAEConfig.of(read_json(self._file("vae/config.json")))
+            source, config = self.folder / "vae", from_sizes(VAEConfig, read_json(self._file("vae/config.json")))
             state = read_folder(source)
         else:
             source = self._file("Wan2.1_VAE.pth") if path is None else find_file(path, "vae_ckpt", GET)
-            config = VAEConfig.of(self._sizes("vae_config.json", {}))
+            config = from_sizes(VAEConfig, self._sizes("vae_config.json", {}))
             state = vae_from_wan(read(source), config.num_res_blocks)
         with torch.device("meta"):
             model = VAEDecoder(config)
@@ -119,7 +119,7 @@ class BaseModel:
         if kind != "gated-gelu":
             raise UserError(f"{source}: a text encoder with feed_forward_proj={kind}; UMT5's is gated-gelu")
         with torch.device("meta"):
-            model = UMT5Encoder(UMT5Config.of(sizes))
+            model = UMT5Encoder(from_sizes(UMT5Config, sizes))
         return model, state, str(source)
 
     def tokenizer(self) -> Tokenizer:

@@ -22,6 +22,7 @@ from scripts.benchmarking.clock import draw, error, milliseconds
 from utils.checkpoint import fill
 from wan import vae
 from wan.kernels import conv
+from wan.sizes import from_sizes
 from wan.vae_decoder import VAEConfig, VAEDecoder
 
 # Frames with the two of the past, rows, columns, channels and channels of the result: what a latent takes most time in.
@@ -121,7 +122,7 @@ def compare_attention(found: dict) -> None:
 def compare_decoders(found: dict) -> None:
     """Of a steady block of three latents."""
     with torch.device("meta"):
-        model = VAEDecoder(VAEConfig.of(SIZES["full"].vae))
+        model = VAEDecoder(from_sizes(VAEConfig, SIZES["full"].vae))
     weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
     decoder = vae.WanVAE(fill(model, weights, "random", torch.bfloat16)).to(torch.device("cuda"))
     latents, first = draw(1, 3, 16, 60, 104), None

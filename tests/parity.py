@@ -21,6 +21,7 @@ from utils.config import Config, LoraFile, ModelKwargs
 from utils.key_names import lora_modules, text_encoder_from_wan, vae_from_wan
 from wan.geometry import PIXELS
 from wan.model import CausalWan, WanConfig
+from wan.sizes import from_sizes
 from wan.tiny_decoder import TinyDecoder
 from wan.umt5 import UMT5Config, UMT5Encoder
 from wan.vae import WanVAE
@@ -106,7 +107,7 @@ def generator_case(folder: Path, name: str, recorded: dict[str, Tensor], case: d
 
 def text_case(folder: Path, name: str, recorded: dict[str, Tensor]) -> Iterator[Result]:
     with torch.device("meta"):
-        model = UMT5Encoder(UMT5Config.of(read_json(folder / "t5_config.json")))
+        model = UMT5Encoder(from_sizes(UMT5Config, read_json(folder / "t5_config.json")))
     path = folder / "models_t5_umt5-xxl-enc-bf16.pth"
     fill(model, text_encoder_from_wan(read(path)), str(path), torch.float32).to(recorded["input_ids"].device)
     rows = []

@@ -18,6 +18,7 @@ from utils.checkpoint import fill, read_folder, read_json
 from utils.config import Config
 from utils.errors import UserError
 from utils.key_names import tied_embedding
+from wan.sizes import from_sizes
 from wan.text_encoder import TextEncoder, clean_prompt
 from wan.umt5 import UMT5Config, UMT5Encoder
 
@@ -100,7 +101,7 @@ def test_embeddings_are_those_of_the_padded_and_masked_prompt(encoder, transform
 @torch.inference_mode()
 def test_embeddings_are_those_of_transformers_to_the_last_bit(transformers_own, dtype, length):
     theirs = copy.deepcopy(transformers_own[0]).to(dtype)
-    ours = UMT5Encoder(UMT5Config.of(theirs.config.to_dict())).to(dtype)
+    ours = UMT5Encoder(from_sizes(UMT5Config, theirs.config.to_dict())).to(dtype)
     ours.load_state_dict(theirs.state_dict())
     ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(length))
     assert torch.equal(ours(ids), theirs(input_ids=ids).last_hidden_state)
@@ -118,7 +119,7 @@ def test_tokens_are_those_of_transformers(encoder, transformers_own, prompt):
 
 
 def test_defaults_are_the_sizes_of_the_published_encoder():
-    config = UMT5Config.of({})
+    config = from_sizes(UMT5Config, {})
     with torch.device("meta"):
         model = UMT5Encoder(config)
     assert 5.6e9 < sum(value.numel() for value in model.parameters()) < 5.7e9

@@ -23,6 +23,7 @@ from utils.config import load_config
 from wan.kv_cache import KVCache
 from wan.model import CausalWan, WanConfig
 from wan.rope import RotaryEmbedding
+from wan.sizes import from_sizes
 from wan.umt5 import UMT5Config, UMT5Encoder
 
 TINY = WanConfig(dim=32, ffn_dim=64, freq_dim=16, text_dim=24, num_heads=2, num_layers=2, text_len=8)
@@ -166,7 +167,7 @@ def test_captions_are_read_in_training_as_prompts_are():
     torch.manual_seed(0)
     _, text = generator.new_models("cpu")
     ids = torch.tensor([[5, 9, 7, 1, 0, 0], [8, 1, 0, 0, 0, 0]])
-    reader = UMT5Encoder(UMT5Config.of(text.config.to_dict()))
+    reader = UMT5Encoder(from_sizes(UMT5Config, text.config.to_dict()))
     reader.load_state_dict(text.state_dict())
     for embeds, prompt in zip(read(text, ids), ids, strict=True):
         count = int((prompt > 0).sum())

@@ -12,6 +12,7 @@ from pipeline.loading import BaseModel, load_decoder
 from tests.diffusers_vae import DiffusersVAE, empty
 from utils.checkpoint import fill, read_folder, read_json
 from utils.errors import UserError
+from wan.sizes import from_sizes
 from wan.tiny_decoder import TinyDecoder
 from wan.vae import WanVAE
 from wan.vae_decoder import VAEConfig, VAEDecoder
@@ -161,13 +162,13 @@ ANOTHER = {"base_dim": 4, "decoder_base_dim": 8, "dim_mult": [1, 2], "temperal_d
 def test_weights_are_those_of_diffusers_decoder(sizes):
     theirs = empty(sizes)
     with torch.device("meta"):
-        ours = VAEDecoder(VAEConfig.of(dict(theirs.config)))
+        ours = VAEDecoder(from_sizes(VAEConfig, dict(theirs.config)))
     shapes = {name: value.shape for name, value in theirs.state_dict().items()}
     assert {name: value.shape for name, value in ours.state_dict().items()} == {
         name: shape for name, shape in shapes.items() if not name.startswith(("encoder.", "quant_conv."))}
     assert [block.upsamplers and block.upsamplers[0].mode for block in ours.decoder.up_blocks] \
         == [block.upsamplers and block.upsamplers[0].mode for block in theirs.decoder.up_blocks]
-    defaults = VAEConfig.of(sizes)
+    defaults = from_sizes(VAEConfig, sizes)
     assert [list(defaults.latents_mean), list(defaults.latents_std), defaults.patch_size] \
         == [list(theirs.config.latents_mean), list(theirs.config.latents_std), theirs.config.patch_size]
 

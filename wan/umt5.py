@@ -4,8 +4,7 @@ That one is not used: importing transformers takes longer than making the first 
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +24,6 @@ class UMT5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-
-    @classmethod
-    def of(cls, sizes: dict[str, Any]) -> "UMT5Config":
-        """From transformers' whole config; what says nothing about the encoder is passed over."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in sizes.items() if name in known})
 
 
 class UMT5Encoder(nn.Module):

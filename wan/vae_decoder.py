@@ -4,8 +4,7 @@ Its own module is not used: importing diffusers takes longer than making the fir
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,12 +26,6 @@ class VAEConfig:
                                     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
     out_channels: int = 3
     patch_size: int | None = None  # pixels, each way, that one position of the last map becomes
-
-    @classmethod
-    def of(cls, sizes: dict[str, Any]) -> "VAEConfig":
-        """From AutoencoderKLWan's whole config; what says nothing about decoding is passed over."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in sizes.items() if name in known})
 
 
 class VAEDecoder(nn.Module):

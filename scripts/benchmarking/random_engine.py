@@ -12,6 +12,7 @@ from utils.checkpoint import fill
 from utils.config import Config
 from utils.device import keep_freed_memory, pick_device, pick_dtype, same_on_any_thread_count
 from wan.model import CausalWan
+from wan.sizes import from_sizes
 from wan.tiny_decoder import TinyDecoder
 from wan.vae import WanVAE
 from wan.vae_decoder import VAEConfig, VAEDecoder
@@ -51,7 +52,7 @@ def _empty(config: Config, sizes: Sizes | str) -> tuple[CausalWan, VAEDecoder | 
     """Generator and decoder on the meta device."""
     sizes = SIZES[sizes] if isinstance(sizes, str) else sizes
     with torch.device("meta"):
-        decoder = TinyDecoder(*TAEW2_1) if config.vae == "taehv" else VAEDecoder(VAEConfig.of(sizes.vae))
+        decoder = TinyDecoder(*TAEW2_1) if config.vae == "taehv" else VAEDecoder(from_sizes(VAEConfig, sizes.vae))
         return CausalWan(sizes.generator), decoder
 
 
