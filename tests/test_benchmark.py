@@ -210,3 +210,9 @@ def test_picture_of_saved_results(tmp_path):
 def test_unknown_choice_is_refused(run_script):
     outcome = run_script("scripts/benchmark.py", "--decoder", "other")
     assert outcome.code == 2 and "wan" in outcome.err and "taehv" in outcome.err
+
+
+def test_what_a_fresh_process_refuses_is_refused_in_a_line(run_script):
+    refused = run_script("scripts/benchmark.py", "--precision", "fp8", "--size", "toy", "device=cpu")
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "precision=fp8 needs an NVIDIA GPU" in refused.err

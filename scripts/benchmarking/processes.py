@@ -57,12 +57,16 @@ class Child:
                                         stdout=subprocess.PIPE, text=True)
 
     def hear(self) -> dict[str, Any]:
-        """The next message. Raises RuntimeError where the process ended before it."""
+        """The next message. Raises RuntimeError where the process ended before it, and SystemExit where that was for
+        bad input, which it has told by then."""
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"a process of the benchmark ended with exit code {self.process.wait()} before its turn; "
-                           f"what it said is above")
+        code = self.process.wait()
+        if code == 2:
+            raise SystemExit(code)
+        raise RuntimeError(f"a process of the benchmark ended with exit code {code} before its turn; what it said is "
+                           f"above")
 
     def tell(self, line: str) -> None:
         self.process.stdin.write(f"{line}\n")
