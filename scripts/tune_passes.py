@@ -42,11 +42,13 @@ def compare_tiles(keys_count: int, found: dict) -> None:
 
     q, k, v = (draw(1, count, HEADS, HEAD_DIM) for count in (TOKENS, keys_count, keys_count))
     scale = torch.full((1, HEADS), 0.2, device="cuda")  # 16 times what the largest of these values needs
-    keys, key_scale = torch.empty_like(k, dtype=torch.int8), torch.empty(1, HEADS, keys_count, device="cuda")
-    fp8.write_less_mean(k, torch.zeros(1, HEADS, HEAD_DIM, device="cuda"), keys, key_scale)
-    values = torch.empty(1, HEADS, HEAD_DIM, -(-keys_count // 16) * 16, device="cuda").to(fp8.E4M3)[..., :keys_count]
+    room, latent = -(-keys_count // 16) * 16, TOKENS // FRAMES
+    keys = torch.empty(1, room, HEADS, HEAD_DIM, device="cuda", dtype=torch.int8)[:, :keys_count]
+    key_scale = torch.empty(1, HEADS, keys_count, device="cuda")
+    fp8.write_less_mean(k, torch.zeros(1, HEADS, HEAD_DIM, device="cuda"), keys, key_scale, latent)
+    values = torch.empty(1, HEADS, HEAD_DIM, room, device="cuda").to(fp8.E4M3)[..., :keys_count]
     fp8.write_values(v, scale, values)
-    held, rows = fp8.Held(keys, values, key_scale, scale), fp8.quantise(q)
+    held, rows = fp8.Held(keys, values, key_scale, scale, latent), fp8.quantise(q)
     some = fp8.Rows(rows.values[:, :512].contiguous(), rows.scale[:, :512].contiguous())
     exact = attention(q[:, :512].float(), k.float(), v.float())
     tflop = 4 * HEADS * TOKENS * keys_count * HEAD_DIM / 1e12
@@ -103,7 +105,7 @@ def compare_kernels(found: dict) -> None:
         "rms_rope": lambda: rms_rope(q.contiguous(), weight, 1e-6, turns),
         "rms_rope_both": lambda: rms_rope_both(q.contiguous(), k.contiguous(), weight, weight, 1e-6, turns),
         "rms_rope_quantise": lambda: fp8.rms_rope_quantise(q, weight, 1e-6, turns),
-        "write_keys": lambda: fp8.write_keys(k, weight, 1e-6, turns, mean, keys, key_scale),
+        "write_keys": lambda: fp8.write_keys(k, weight, 1e-6, turns, mean, keys, key_scale, TOKENS // FRAMES),
         "write_values": lambda: fp8.write_values(v.unflatten(-1, (HEADS, HEAD_DIM)), one, values),
     }
     for name, call in calls.items():

@@ -91,10 +91,11 @@ def test_linear(rows, inputs, outputs):
 
 
 @DTYPES
+@pytest.mark.parametrize("shares_scales", [False, True])
 @pytest.mark.parametrize("batch,frames,rows,columns,heads,head_dim",
                          [(1, 3, 30, 52, 12, 128), (2, 3, 3, 5, 3, 64), (1, 1, 2, 2, 2, 64)])
-def test_queries_keys_and_values(dtype, batch, frames, rows, columns, heads, head_dim):
-    tokens, dim = frames * rows * columns, heads * head_dim
+def test_queries_keys_and_values(dtype, shares_scales, batch, frames, rows, columns, heads, head_dim):
+    tokens, dim, run = frames * rows * columns, heads * head_dim, rows * columns if shares_scales else 1
     turns = RotaryEmbedding(head_dim, rows, columns, CUDA).turns(200_000, frames)
     x, weight = draw(batch, tokens, 3 * dim, dtype=dtype), torch.randn(dim, device=CUDA).to(dtype)
     q, k, v = x.chunk(3, -1)  # rows of x, not in one piece
@@ -105,9 +106,9 @@ def test_queries_keys_and_values(dtype, batch, frames, rows, columns, heads, hea
     keys = torch.zeros(batch, 2 * tokens + 5, heads, head_dim, device=CUDA, dtype=torch.int8)
     key_scales = torch.zeros(batch, heads, 2 * tokens + 5, device=CUDA)
     written = keys[:, 5 : 5 + tokens], key_scales[..., 5 : 5 + tokens]
-    fp8.write_keys(k, weight, 1e-6, turns, mean, *written)
+    fp8.write_keys(k, weight, 1e-6, turns, mean, *written, run)
     expected = tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in written)
-    fp8.write_less_mean(rope(k), mean, *expected)
+    fp8.write_less_mean(rope(k), mean, *expected, run)
     assert_same_rows(*(Rows(part, scales.transpose(1, 2)[..., None]) for part, scales in (written, expected)))
     values = torch.zeros(batch, heads, head_dim, 2 * tokens + 5, device=CUDA).to(fp8.E4M3)
     fp8.write_values(v, scale, values[..., 3 : 3 + tokens])
@@ -119,13 +120,15 @@ def test_queries_keys_and_values(dtype, batch, frames, rows, columns, heads, hea
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("batch,queries,keys,heads", [
-    (1, 4680, 4680, 12), (1, 4680, 18720, 12), (1, 1000, 18720, 12), (2, 33, 70, 3), (1, 1, 1, 1),
-    (1, 128, 128, 2), (2, 129, 257, 2),
+@pytest.mark.parametrize("batch,queries,keys,heads,run", [
+    (1, 4680, 4680, 12, 1560), (1, 4680, 18720, 12, 1560), (1, 1000, 18720, 12, 4680), (1, 1000, 18720, 12, 1),
+    (2, 33, 70, 3, 1), (2, 33, 70, 3, 7), (1, 1, 1, 1, 1), (1, 128, 128, 2, 128), (2, 129, 257, 2, 257),
+    (1, 64, 1024, 2, 512), (2, 50, 1800, 2, 200),
 ])
-def test_attention(head_dim, batch, queries, keys, heads):
+def test_attention(head_dim, batch, queries, keys, heads, run):
     q, k, v = (torch.randn(batch, n, heads, head_dim, device=CUDA) for n in (queries, keys, keys))
     k[..., 0] += 3
+    k *= 1 - (torch.arange(keys, device=CUDA) // run % 3)[:, None, None] / 3  # so that scales change
     capacity = -(-keys // 16) * 16 + 16
     value_scale = torch.rand(batch, heads, device=CUDA) / 50 + 0.01
     # What lies beyond the keys is no number.
@@ -133,9 +136,9 @@ def test_attention(head_dim, batch, queries, keys, heads):
     key_scale = torch.full((batch, heads, capacity), torch.nan, device=CUDA)[..., :keys]
     store = torch.full((batch, heads, head_dim, capacity), 0x7F, dtype=torch.uint8, device=CUDA)
     all_values = store.view(fp8.E4M3)[..., :keys]
-    fp8.write_less_mean(k, torch.zeros(batch, heads, head_dim, device=CUDA), all_keys, key_scale)
+    fp8.write_less_mean(k, torch.zeros(batch, heads, head_dim, device=CUDA), all_keys, key_scale, run)
     fp8.write_values(v, value_scale, all_values)
-    held, rows = Held(all_keys, all_values, key_scale, value_scale), fp8.quantise_plain(q)
+    held, rows = Held(all_keys, all_values, key_scale, value_scale, run), fp8.quantise_plain(q)
     got = fp8.attention(rows, held, torch.float32)
     given = (as_float(rows), all_keys.float() * key_scale.transpose(1, 2)[..., None],
              (all_values.float() * value_scale[:, :, None, None]).permute(0, 3, 1, 2))

@@ -11,6 +11,7 @@ from wan import waves
 def test_a_block_on_a_gpu_with_132_processors():
     assert waves.shares(4680, 18720, 12, tile=128, at_once=132) == (4224, 2)  # 33 tiles of 12 heads are three waves
     assert waves.shares(4680, 18720, 12, tile=64, at_once=264) == (4224, 2)
+    assert waves.shares(4680, 18720, 12, tile=64, at_once=396) == (4224, 3)  # a quarter of the keys is no whole groups
     assert waves.shares(4680, 512, 12, tile=128, at_once=132) == (4680, 1)  # a prompt's keys are too few
     assert waves.shares(4224, 18720, 12, tile=128, at_once=132) == (4224, 1)  # whole waves as they are
     assert waves.shares(1000, 18720, 12, tile=128, at_once=132) == (1000, 1)  # less than one

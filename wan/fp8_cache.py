@@ -22,6 +22,9 @@ class QuantisedKVCache(KVCache):
     block that is written fixes both, until everything is forgotten; so all keys that a query meets lack the same
     vector, which makes this exact in any order of blocks, and is why it need not be the mean of later ones. Channels
     that turn with the frame keep theirs, which would soon point elsewhere.
+
+    The keys of a latent share a scale in each head: attention is faster where scales seldom change, and keys, which are
+    normalised, differ little in size.
     """
 
     value_axis = 3
@@ -44,7 +47,7 @@ class QuantisedKVCache(KVCache):
         if layer not in self._fixed or self._sink_tokens():
             self._look_at(layer, rms_rope(k, norm.weight, norm.eps, turns), v)
         write_keys(k, norm.weight, norm.eps, turns, self._fixed[layer][0], self.keys[layer][:, self._block],
-                   self.key_scales[layer][..., self._block])
+                   self.key_scales[layer][..., self._block], self.tokens)
         return self._take_values(layer, v)
 
     def rewind(self, keep_sink: bool) -> None:
@@ -57,7 +60,7 @@ class QuantisedKVCache(KVCache):
         write_values(v, value_scale, self.values[layer][..., self._block])
         filled = len(self.positions) * self.tokens
         return Held(self.keys[layer][:, :filled], self.values[layer][..., :filled],
-                    self.key_scales[layer][..., :filled], value_scale)
+                    self.key_scales[layer][..., :filled], value_scale, self.tokens)
 
     def _look_at(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Takes from unrounded k and v [B, S, H, D] what is to be known of them."""
@@ -89,4 +92,5 @@ class QuantisedKVCache(KVCache):
         self._write_rounded(layer, keys, slice(0, keys.shape[1]))
 
     def _write_rounded(self, layer: int, keys: Tensor, where: slice) -> None:
-        write_less_mean(keys, self._fixed[layer][0], self.keys[layer][:, where], self.key_scales[layer][..., where])
+        write_less_mean(keys, self._fixed[layer][0], self.keys[layer][:, where], self.key_scales[layer][..., where],
+                        self.tokens)

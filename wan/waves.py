@@ -18,8 +18,9 @@ def shares(queries: int, keys: int, heads: int, tile: int, at_once: int) -> tupl
     waves = tiles * heads // at_once
     whole = waves * at_once // heads
     rest = tiles - whole
-    parts = at_once // (heads * rest) if rest else 1
-    if not 1 <= waves <= MOST_WAVES or parts < 2 or keys < FEWEST_KEYS or keys % (16 * parts):
+    most = at_once // (heads * rest) if rest else 1
+    parts = next((parts for parts in range(most, 1, -1) if keys % (16 * parts) == 0), 1)
+    if not 1 <= waves <= MOST_WAVES or parts == 1 or keys < FEWEST_KEYS:
         return queries, 1
     return tile * whole, parts
 

@@ -37,6 +37,7 @@ class Held(NamedTuple):
     values: Tensor  # e4m3 [B, H, D, S]
     key_scale: Tensor  # float32 [B, H, S]
     value_scale: Tensor  # float32 [B, H]
+    run: int = 1  # of the keys of a head, how many from each multiple of it share a scale
 
 
 def to_e4m3(x: Tensor) -> Tensor:
@@ -145,22 +146,30 @@ def rms_rope_quantise(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> R
     return quantise_plain(rms_rope_plain(x.float(), weight.float(), eps, turns))
 
 
-def write_keys(x: Tensor, weight: Tensor, eps: float, turns: Tensor, mean: Tensor, out: Tensor, scale: Tensor) -> None:
-    """out, scale ← `wan.kernels.rms_rope` of x, − mean, each head quantised. x [B, S, dim], mean [B, H, D],
-    out int8 [B, S, H, D] and scale [B, H, S], which may be slices of longer samples and rows."""
+def write_keys(x: Tensor, weight: Tensor, eps: float, turns: Tensor, mean: Tensor, out: Tensor, scale: Tensor,
+               run: int = 1) -> None:
+    """out, scale ← `wan.kernels.rms_rope` of x, − mean, quantised: each head with a scale of its own for every `run`
+    tokens. x [B, S, dim], mean [B, H, D], out int8 [B, S, H, D] and scale [B, H, S], which may be slices of longer
+    samples and rows; `run` divides S."""
     if x.is_cuda:
         from wan.kernels import triton_fp8
 
-        triton_fp8.write_keys(x, weight, eps, turns, mean, out, scale)
+        triton_fp8.write_keys(x, weight, eps, turns, mean, out, scale, run)
     else:
-        write_less_mean(rms_rope_plain(x.float(), weight.float(), eps, turns), mean, out, scale)
+        write_less_mean(rms_rope_plain(x.float(), weight.float(), eps, turns), mean, out, scale, run)
 
 
-def write_less_mean(keys: Tensor, mean: Tensor, out: Tensor, scale: Tensor) -> None:
-    """out, scale ← keys − mean, each head quantised. keys [B, S, H, D]; as `write_keys`."""
-    rows = quantise_plain(keys.float() - mean[:, None])
-    out.copy_(rows.values)
-    scale.copy_(rows.scale[..., 0].transpose(1, 2))
+def write_less_mean(keys: Tensor, mean: Tensor, out: Tensor, scale: Tensor, run: int = 1) -> None:
+    """out, scale ← keys − mean, quantised. keys [B, S, H, D]; as `write_keys`."""
+    keys = keys.float() - mean[:, None]
+    share_scales(keys.abs().amax(-1).transpose(1, 2), run, scale)
+    out.copy_((keys / scale.transpose(1, 2)[..., None]).round())
+
+
+def share_scales(largest: Tensor, run: int, scale: Tensor) -> None:
+    """scale ← what int8 keys are multiplied by, of the size of the largest number of each, both [B, H, S]."""
+    shared = largest.unflatten(-1, (-1, run)).amax(-1, keepdim=True).clamp_min(LEAST) / STEPS
+    scale.unflatten(-1, (-1, run)).copy_(shared)
 
 
 def write_values(x: Tensor, scale: Tensor, out: Tensor) -> None:

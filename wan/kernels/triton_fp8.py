@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wan.kernels.fp8 import LEAST
+from wan.kernels.fp8 import LEAST, share_scales
 
 TOKENS = 64  # of a tile of values
 
@@ -95,7 +95,9 @@ def _rms_rope(x, weight, turns, token, channel, mask, eps, DIM: tl.constexpr, BL
 @triton.jit(do_not_specialize=["tokens"])
 def _rms_rope_quantise(x, weight, turns, mean, out, scales, tokens, row_stride, out_sample_stride, scale_sample_stride,
                        scale_head_stride, scale_token_stride, eps, least, DIM: tl.constexpr, BLOCK: tl.constexpr,
-                       D: tl.constexpr, HAS_MEAN: tl.constexpr):
+                       D: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_SCALES: tl.constexpr, ONLY_SIZES: tl.constexpr):
+    """HAS_SCALES: those are there, and are used. ONLY_SIZES: the size of the largest number of each head, as if it were
+    its scale, and nothing else."""
     row = tl.program_id(0).to(tl.int64)
     sample, token = row // tokens, row % tokens
     channel = tl.arange(0, BLOCK)
@@ -104,11 +106,18 @@ def _rms_rope_quantise(x, weight, turns, mean, out, scales, tokens, row_stride, 
     if HAS_MEAN:
         value -= tl.load(mean + sample * DIM + channel, mask, other=0.0)
     heads = tl.reshape(value, [BLOCK // D, D])
-    largest = _largest(heads, 1, least)
     head = tl.arange(0, BLOCK // D)
     places = scales + sample * scale_sample_stride + head * scale_head_stride + token * scale_token_stride
-    tl.store(places, largest / 127.0, head < DIM // D)
-    value = tl.reshape(heads * (127.0 / largest)[:, None], [BLOCK])
+    if ONLY_SIZES:
+        tl.store(places, _largest(heads, 1, least), head < DIM // D)
+        return
+    if HAS_SCALES:
+        steps = 1.0 / tl.load(places, head < DIM // D, other=1.0)
+    else:
+        largest = _largest(heads, 1, least)
+        tl.store(places, largest / 127.0, head < DIM // D)
+        steps = 127.0 / largest
+    value = tl.reshape(heads * steps[:, None], [BLOCK])
     tl.store(out + sample * out_sample_stride + token * DIM + channel, _to_int8(value), mask)
 
 
@@ -166,19 +175,25 @@ def rms_rope_quantise(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> t
     return out, scales
 
 
-def write_keys(x: Tensor, weight: Tensor, eps: float, turns: Tensor, mean: Tensor, out: Tensor, scale: Tensor) -> None:
+def write_keys(x: Tensor, weight: Tensor, eps: float, turns: Tensor, mean: Tensor, out: Tensor, scale: Tensor,
+               run: int) -> None:
+    """Computes x twice, to know the largest before anything is rounded: faster than to write it down between."""
     if out.stride()[1:] != (x.shape[-1], out.shape[-1], 1):
         raise ValueError(f"keys of strides {out.stride()} are not rows of {x.shape[-1]}")
-    _launch_rms_rope(x, weight, eps, turns, mean, out, scale)
+    sizes = torch.empty_like(scale, memory_format=torch.contiguous_format)
+    _launch_rms_rope(x, weight, eps, turns, mean, out, sizes, only_sizes=True)
+    share_scales(sizes, run, scale)
+    _launch_rms_rope(x, weight, eps, turns, mean, out, scale, has_scales=True)
 
 
 def _launch_rms_rope(x: Tensor, weight: Tensor, eps: float, turns: Tensor, mean: Tensor | None, out: Tensor,
-                     scale: Tensor) -> None:
+                     scale: Tensor, has_scales: bool = False, only_sizes: bool = False) -> None:
     """scale [B, H, S]."""
     batch, tokens, dim = x.shape
     _rms_rope_quantise[(batch * tokens,)](
         x, weight, torch.view_as_real(turns), x if mean is None else mean, out, scale, tokens, _row_stride(x),
-        out.stride(0), *scale.stride(), eps, LEAST, D=out.shape[-1], HAS_MEAN=mean is not None, **_row_sizes(dim),
+        out.stride(0), *scale.stride(), eps, LEAST, D=out.shape[-1], HAS_MEAN=mean is not None, HAS_SCALES=has_scales,
+        ONLY_SIZES=only_sizes, **_row_sizes(dim),
     )
 
 
