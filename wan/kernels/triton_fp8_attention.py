@@ -41,7 +41,9 @@ def _attention(queries_of, keys, values, query_scale, key_scale, value_scale, ou
     first = tl.program_id(0) * M
     row = first + tl.arange(0, M)
     at = (sample.to(tl.int64) * queries + row) * H + head
-    q = queries_of.load([sample, first, head, 0]).reshape(M, D)
+    # By rows: what comes through a descriptor is held in registers as the product's operand, and where N = D Triton 3.6
+    # has them overwritten after the first tile of keys.
+    q = tl.load(queries_of + at[:, None] * D + tl.arange(0, D)[None, :], (row < queries)[:, None], other=0)
     row_scale = tl.load(query_scale + at, row < queries, other=1.0) * factor
     key_scale += sample.to(tl.int64) * scale_sample_stride + head * scale_head_stride
     top = tl.full([M], float("-inf"), tl.float32)
@@ -119,9 +121,8 @@ def _run(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_scale
     m, n, warps, stages, registers = tile
     in_groups, groups = _in_groups(keys, n)
     _attention[(triton.cdiv(queries, m), batch * heads)](
-        TensorDescriptor.from_tensor(q, [1, m, 1, head_dim]), in_groups,
-        TensorDescriptor.from_tensor(values, [1, 1, head_dim, n]), query_scale, key_scale, value_scale, out, log_sums,
-        queries, keys.shape[1], run, keys.shape[1] if are_parts else 0, groups, *key_scale.stride()[:2],
+        q, in_groups, TensorDescriptor.from_tensor(values, [1, 1, head_dim, n]), query_scale, key_scale, value_scale,
+        out, log_sums, queries, keys.shape[1], run, keys.shape[1] if are_parts else 0, groups, *key_scale.stride()[:2],
         LOG2_E * head_dim**-0.5, H=heads, D=head_dim, M=m, N=n, WANT_SUMS=log_sums is not None, num_warps=warps,
         num_stages=stages, maxnreg=registers,
     )
