@@ -12,7 +12,7 @@ from demo.canvas import HEIGHT, WIDTH
 from demo.judge import ATTRIBUTES, COUNT, OF_SUBJECT, SHORTEST, STRIDE, WINDOW, Judge, Network
 from demo.training.muon import Muon
 from demo.training.progress import cosine, set_rate
-from demo.world import CATEGORIES, HELD_OUT, STYLE, Script, frames_of, paint, sample
+from demo.world import CATEGORIES, HELD_OUT, STYLE, Manner, Script, frames_of, paint, sample
 
 SHARE_OTHER_COUNT = 0.12  # of clips with no subject, and the same of clips with two
 SHARE_WHOLE = 0.65  # of steps whose clips are whole windows; the others show appearance alone
@@ -33,10 +33,21 @@ def labels(script: Script) -> dict[str, Tensor]:
     return {name: script.scenes[:, 0, i] for i, name in enumerate(CATEGORIES)} | {COUNT: script.copies}
 
 
-def draw_seen(script: Script, frames: int = WINDOW) -> Tensor:
+def random_manner(clips: int, generator: torch.Generator, device) -> Manner:
+    """So that motion is told by what it is, not by what comes with it: without this a subject that drifts was known by
+    its bobbing, two pixels up and down, and not by the scenery that passes; one that a generator had drift without
+    bobbing was said to stand still."""
+    def uniform(low: float, high: float) -> Tensor:
+        return (torch.rand(clips, generator=generator) * (high - low) + low).to(device)
+
+    return Manner(tempo=uniform(0.87, 1.15), camera=uniform(0.75, 1.15), bob=uniform(-0.8, 1.2).clamp(min=0),
+                  wobble=uniform(-1.5, 2.0).clamp(min=0))
+
+
+def draw_seen(script: Script, frames: int = WINDOW, manner: Manner | None = None) -> Tensor:
     """Those of the clips' frames that the judge looks at, [B, frames / STRIDE, 3, H, W] in 0 … 1; as `world.draw`
     without the frames between."""
-    every = frames_of(script, frames)
+    every = frames_of(script, frames, manner)
     seen = torch.arange(len(script) * frames, device=script.scenes.device).view(-1, frames)[:, ::STRIDE]
     return paint(every[seen.flatten()]).clamp(0, 1).unflatten(0, seen.shape)
 
@@ -158,7 +169,8 @@ class Store:
         self.clips = torch.empty(clips, WINDOW // STRIDE, 3, HEIGHT, WIDTH, dtype=torch.uint8, device=device)
         filled = 0  # in place: all of them twice would not fit some GPUs
         for part in (script[i:i + 64] for script in scripts for i in range(0, len(script), 64)):
-            self.clips[filled:filled + len(part)] = (255 * draw_seen(part)).round().to(torch.uint8)
+            manner = random_manner(len(part), torch.Generator().manual_seed(seed * 10**7 + filled), device)
+            self.clips[filled:filled + len(part)] = (255 * draw_seen(part, manner=manner)).round().to(torch.uint8)
             filled += len(part)
         every = [labels(script) for script in scripts]
         self.truth = {name: torch.cat([truth[name] for truth in every]) for name in ATTRIBUTES}

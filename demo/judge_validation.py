@@ -10,7 +10,7 @@ from torch import Tensor
 
 from demo.canvas import HEIGHT, WIDTH
 from demo.judge import APPEARANCE, ATTRIBUTES, COUNT, OF_SUBJECT, SHORTEST, SIZES, WINDOW, Judge
-from demo.judge_training import labels, random_script, worsen
+from demo.judge_training import labels, random_manner, random_script, worsen
 from demo.videos import read_video
 from demo.world import FPS, draw
 from utils.video import Mp4Writer
@@ -23,23 +23,26 @@ def validate(args: argparse.Namespace) -> None:
     on_device = torch.Generator(args.device).manual_seed(args.seed)
     script = random_script(args.clips, random)
     truth = labels(script)
-    drawn, worse, short, packed = [], [], [], []
+    drawn, worse, loose, short, packed = [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for begin in range(0, args.clips, args.batch):
-            clips = draw(script[begin:begin + args.batch].to(args.device), WINDOW).permute(0, 1, 3, 4, 2).contiguous()
+            some = script[begin:begin + args.batch].to(args.device)
+            clips = draw(some, WINDOW).permute(0, 1, 3, 4, 2).contiguous()
             drawn.append(judge(clips))
             short.append(judge(clips[:, :SHORTEST]))
             degraded = worsen(clips.permute(0, 1, 4, 2, 3) / 255, on_device).permute(0, 1, 3, 4, 2)
             worse.append(judge((255 * degraded).round().to(torch.uint8)))
+            manner = random_manner(len(some), random, args.device)
+            loose.append(judge(draw(some, WINDOW, manner=manner).permute(0, 1, 3, 4, 2).contiguous()))
             through = clips[:max(0, args.mp4_clips - begin)].cpu()
             if len(through):
                 packed.append(judge(torch.stack([_through_mp4(clip, Path(folder) / "clip.mp4") for clip in through])))
             print(f"{min(begin + args.batch, args.clips)} of {args.clips} clips", flush=True)
-    drawn, worse, short, packed = (_join(parts) for parts in (drawn, worse, short, packed))
+    drawn, worse, loose, short, packed = (_join(parts) for parts in (drawn, worse, loose, short, packed))
     other = {name: value[torch.randperm(args.clips, generator=random)] for name, value in truth.items()}
     columns = {
-        "drawn": _right(drawn, truth), "worsened": _right(worse, truth), "MP4": _right(packed, truth),
-        f"{SHORTEST} frames": _right(short, truth), "shuffled captions": _right(drawn, other),
+        "drawn": _right(drawn, truth), "worsened": _right(worse, truth), "other manner": _right(loose, truth),
+        "MP4": _right(packed, truth), f"{SHORTEST} frames": _right(short, truth), "shuffled captions": _right(drawn, other),
         "chance": {name: _chance(truth[name]) for name in ATTRIBUTES},
     }
     print(f"\n{args.clips} clips, {args.mp4_clips} through an MP4; right in %, chance for captions of other clips\n")

@@ -125,6 +125,23 @@ def sample(clips: int, scenes: int, generator: torch.Generator, held_out: bool =
     return torch.stack(result, 1)
 
 
+@dataclass
+class Manner:
+    """How clips keep to what their scenes say, as factors [B] of what the world does: its tempo, how far the camera
+    moves, how much a drifting subject bobs and leans; and pixels by which every subject bobs, whatever its motion."""
+
+    tempo: Tensor
+    camera: Tensor
+    bob: Tensor
+    wobble: Tensor
+
+    @staticmethod
+    def exact(clips: int, device) -> "Manner":
+        """The world's own."""
+        one = torch.ones(clips, device=device)
+        return Manner(one, one, one, 0 * one)
+
+
 def weights(values: Tensor, starts: Tensor, t: Tensor, choices: int, seconds: float) -> Tensor:
     """How much of each choice is to be seen. values and starts [B, K], t [B, T] seconds → [B, T, choices], sum 1."""
     ramps = smooth((t[..., None] - starts[:, None]) / seconds)  # [B, T, K]
@@ -138,21 +155,25 @@ def weights(values: Tensor, starts: Tensor, t: Tensor, choices: int, seconds: fl
     return result
 
 
-def frames_of(script: Script, frames: int) -> Frames:
+def frames_of(script: Script, frames: int, manner: Manner | None = None) -> Frames:
     """What the painters need to know of each frame of clips that begin at 0 s."""
     device = script.scenes.device
     clips = len(script)
-    t = (torch.arange(frames, device=device) / FPS).expand(clips, -1).contiguous()
+    manner = manner or Manner.exact(clips, device)
+    second = manner.tempo[:, None] / FPS  # of the world's time, that a frame takes
+    t = torch.arange(frames, device=device) * second
     shown = {name: weights(script.scenes[..., i], script.starts, t, len(CHOICES[name]), BLEND[name])
              for i, name in enumerate(CATEGORIES)}
     style = script.style[:, None].expand(-1, frames, -1)
     clock = t + 20 * style[..., 0]  # motions are somewhere in their period when a clip begins
 
-    x, y, tilt_x, tilt_y, squash = _motion(shown["motion"], clock)
+    x, y, tilt_x, tilt_y, squash = _motion(shown["motion"], clock, manner.bob[:, None])
+    y = y + manner.wobble[:, None] * _bob(clock + style[..., 3])
     velocity = (shown["motion"][..., 1] - shown["motion"][..., 0]) * DRIFT_SPEED
-    scroll = (velocity.cumsum(1) - velocity) / FPS
-    pan = shown["camera"][..., 1] * PAN * torch.sin(2 * math.pi * clock / PAN_PERIOD)
-    zoom = 1 + shown["camera"][..., 2] * ZOOM * (0.5 - 0.5 * torch.cos(2 * math.pi * clock / ZOOM_PERIOD))
+    scroll = (velocity.cumsum(1) - velocity) * second
+    pan, zoom = shown["camera"][..., 1:].unbind(-1)
+    pan = pan * manner.camera[:, None] * PAN * torch.sin(2 * math.pi * clock / PAN_PERIOD)
+    zoom = 1 + zoom * manner.camera[:, None] * ZOOM * (0.5 - 0.5 * torch.cos(2 * math.pi * clock / ZOOM_PERIOD))
     anchor_x, anchor_y = 36 * (style[..., 1] - 0.5), 58 + 10 * (style[..., 2] - 0.5)
     size = 19 + 3 * style[..., 3]
 
@@ -180,17 +201,24 @@ def subject_cover(script: Script, frames: int, cell: int) -> Tensor:
     return (smooth(0.5 - away / cell) * there).unflatten(0, (len(script), frames))
 
 
-def _motion(weight: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    """Offset in pixels, direction of the upright as a vector, and squash of the subject at clock t [B, T]."""
+def scenery_speed(script: Script, frames: int) -> Tensor:
+    """How fast the scenery goes by in each frame, as a share of how fast it drifts, 0 … 1: [B, frames]."""
+    every = frames_of(script, frames + 1)
+    travel, zoom = (value.unflatten(0, (len(script), -1)).diff(dim=1).abs() for value in (every.travel, every.zoom))
+    return ((travel + WIDTH / 4 * zoom) * FPS / DRIFT_SPEED).clamp(max=1)  # a zoom moves what is at a quarter of it
+
+
+def _motion(weight: Tensor, t: Tensor, bob: Tensor) -> tuple[Tensor, ...]:
+    """Offset in pixels, direction of the upright as a vector, and squash of the subject at clock t [B, T]. bob [B, 1]:
+    as in a Manner."""
     turn = 2 * math.pi * t
     zero = torch.zeros_like(t)
     hop = torch.sin(math.pi * t / 0.9).abs()
     rise = _saw(t / 2.4)
     swing = torch.sin(turn / 2.2)
-    bob = 2 * torch.sin(turn / 1.8)
     #           x                          y                     angle             squash
-    motions = [(zero - 10,                 bob,                  zero - 0.10,      zero),
-               (zero + 10,                 bob,                  zero + 0.10,      zero),
+    motions = [(zero - 10 * bob,           2 * bob * _bob(t),    zero - 0.1 * bob, zero),
+               (zero + 10 * bob,           2 * bob * _bob(t),    zero + 0.1 * bob, zero),
                (zero,                      20 - 44 * hop,        zero,             0.22 * smooth(1 - 5 * hop)),
                (20 * torch.cos(turn / 2.6), 20 * torch.sin(turn / 2.6), zero,      zero),
                (zero,                      20 - 40 * rise,       zero,             zero),
@@ -201,6 +229,10 @@ def _motion(weight: Tensor, t: Tensor) -> tuple[Tensor, ...]:
     x, y, angle, squash = (torch.stack(column, -1) for column in zip(*motions, strict=True))
     return ((weight * x).sum(-1), (weight * y).sum(-1), (weight * angle.cos()).sum(-1), (weight * angle.sin()).sum(-1),
             (weight * squash).sum(-1))
+
+
+def _bob(t: Tensor) -> Tensor:
+    return torch.sin(2 * math.pi * t / 1.8)
 
 
 def _saw(u: Tensor) -> Tensor:
@@ -216,9 +248,9 @@ def paint(frames: Frames) -> Tensor:
     return scenery.paint_weather(image, frames)
 
 
-def draw(script: Script, frames: int, batch: int = 1024) -> Tensor:
+def draw(script: Script, frames: int, batch: int = 1024, manner: Manner | None = None) -> Tensor:
     """Clips as uint8 [B, frames, 3, HEIGHT, WIDTH]. `batch` frames at a time are painted."""
-    every = frames_of(script, frames)
+    every = frames_of(script, frames, manner)
     parts = [(255 * paint(every[i:i + batch]).clamp(0, 1)).round().to(torch.uint8)
              for i in range(0, len(every), batch)]
     return torch.cat(parts).view(len(script), frames, 3, HEIGHT, WIDTH)

@@ -25,7 +25,7 @@ from demo.training.muon import Muon
 from demo.training.progress import Average, Progress, Repeated, cosine, set_rate
 from demo.training.ranks import Ranks
 from demo.training.reading import read
-from demo.world import HEIGHT, WIDTH, draw, subject_cover
+from demo.world import HEIGHT, WIDTH, draw, scenery_speed, subject_cover
 from pipeline.sampler import shifted_sigma
 from wan.geometry import PIXELS
 from wan.model import CausalWan
@@ -38,6 +38,7 @@ WINDOW, SINK = 4, 1  # blocks
 SHIFT = 5.0
 CAPTIONS_EACH = 4  # of every scene
 SUBJECT = 12.0  # how much more the loss counts where the subject is: it is a small part of the picture
+SCENERY = 4.0  # and in frames in which the scenery goes by: only where it is drawn sharply does it show that it moves
 UNTOLD = 0.1  # share of the clips without a caption, for classifier-free guidance
 BLURRED, MOST_BLUR = 0.5, 0.6  # share of the clips whose past is noisy, and the most noise (σ) in it
 
@@ -80,7 +81,7 @@ def new_rope(device: str) -> RotaryEmbedding:
 
 
 class Store:
-    """Clips as latents [N, F, 16, h, w], with where the subject is in them [N, F, h, w], their switch's block [N] and
+    """Clips as latents [N, F, 16, h, w], with the loss's weights beyond 1 [N, F, h, w], their switch's block [N] and
     their captions' tokens [N, 2, CAPTIONS_EACH, n]. In half of the clips the scene changes, where there is room."""
 
     def __init__(self, folder: Path, clips: int, blocks: int, words, device: str, seed: int):
@@ -89,15 +90,15 @@ class Store:
         frames, batch = 4 * BLOCK * blocks - 3, max(1, 448 // blocks)
         scripts = [random_script(min(batch, clips - i), frames, torch.Generator().manual_seed(seed + 15485863 + i),
                                  switch=0.5 if blocks > 1 else 0.0) for i in range(0, clips, batch)]
-        latents, covers = [], []
+        latents, weights = [], []
         for script in scripts:
-            cover = subject_cover(script.to(device), frames, PIXELS)
-            cover = torch.cat([cover[:, :1], cover[:, 1:].unflatten(1, (-1, 4)).amax(2)], 1)  # a latent is 4 frames
-            covers.append((255 * cover).to(torch.uint8))
+            cover, speed = subject_cover(script.to(device), frames, PIXELS), scenery_speed(script.to(device), frames)
+            cover, speed = (torch.cat([x[:, :1], x[:, 1:].unflatten(1, (-1, 4)).amax(2)], 1) for x in (cover, speed))
+            weights.append((SUBJECT * cover + SCENERY * speed[..., None, None]).half())  # a latent is 4 frames
             pixels = draw(script.to(device), frames, batch=2048).transpose(1, 2).float() / 127.5 - 1
             with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
                 latents.append(((vaes.encode(vae, pixels)[0].float().transpose(1, 2) - mean) / std).bfloat16())
-        self.latents, self.cover = torch.cat(latents), torch.cat(covers)
+        self.latents, self.weights = torch.cat(latents), torch.cat(weights)
         self.switch = torch.cat([switch_block(script) for script in scripts]).to(device)
         rng = random.Random(seed)
         scenes = torch.cat([script.scenes for script in scripts])
@@ -121,7 +122,7 @@ class Store:
         block = torch.arange(blocks, device=device)
         until = torch.where(switches, switch, blocks)
         told = torch.where(second[:, None], block >= switch[:, None], block < until[:, None])
-        weights = 1 + SUBJECT / 255 * self.cover[index, :latents]
+        weights = 1 + self.weights[index, :latents].float()
         return (self.latents[index, :latents].float(), ids,
                 weights * told.repeat_interleave(BLOCK, 1)[..., None, None])
 
