@@ -1,5 +1,7 @@
 """What only a GPU can show. All of them: `python -m pytest -m gpu`."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from tests.diffusers_vae import DiffusersVAE, empty
 from tests.parity import run
 from utils.checkpoint import fill
 from utils.config import load_config
-from wan import kernels
+from wan import kernels, waves
 from wan.attention import BACKENDS, attention, chosen, fastest
 from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_of_ring, conv3d_plain, conv3d_triton, reads_rings
 from wan.kv_cache import KVCache
@@ -182,6 +184,21 @@ def test_zeros_stay_zeros():
     out = torch.full_like(x, 7)
     kernels.norm_silu(x, gamma, None, out)
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16], ids=str)
+@pytest.mark.parametrize("parts,queries,heads,head_dim", [(2, 456, 12, 128), (5, 7, 3, 64), (3, 1, 1, 48)])
+@pytest.mark.parametrize("base", [math.e, 2.0])
+def test_parts_of_attention_are_added_up(dtype, parts, queries, heads, head_dim, base):
+    """Laid out by queries and by heads, into some of the queries of a longer tensor."""
+    sums = 5 * draw(parts, heads, queries, 1).transpose(1, 2)
+    by_heads = draw(parts, heads, queries, head_dim, dtype=dtype).transpose(1, 2)
+    for some in (by_heads, by_heads.contiguous()):
+        whole = torch.full((1, queries + 9, heads, head_dim), 7.0, device="cuda", dtype=dtype)
+        waves.add_up(some, sums, whole[:, 4:-5], base)
+        expected = waves.add_up_plain(some.double(), sums.double(), base)
+        assert relative(whole[:, 4:-5], expected) < TOLERANCE.get(dtype, 1e-3)
+        assert (whole[:, :4] == 7).all() and (whole[:, -5:] == 7).all()
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1000, 512), (4680, 4680), (1000, 18720), (4680, 18720)])

@@ -30,7 +30,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if len(q) == 1 and _in_waves(q.device, q.dtype, q.shape[-1]) and not (torch.is_grad_enabled() and q.requires_grad):
         first, parts = waves.shares(q.shape[1], k.shape[1], q.shape[2], TILE, waves.at_once(q.device, 1))
         if parts > 1:
-            return torch.cat([in_one_go(q[:, :first], k, v), _to_parts(q[:, first:], k, v, parts)], 1)
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+            out[:, :first] = in_one_go(q[:, :first], k, v)
+            _to_parts(q[:, first:], k, v, parts, out[:, first:])
+            return out
     return in_one_go(q, k, v)
 
 
@@ -47,13 +50,12 @@ def _in_waves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
         and dtype in (torch.bfloat16, torch.float16) and chosen(device, dtype, head_dim) == CUDNN
 
 
-def _to_parts(q: Tensor, k: Tensor, v: Tensor, parts: int) -> Tensor:
-    """cuDNN's attention to `parts` parts of the keys at the same time, added up."""
+def _to_parts(q: Tensor, k: Tensor, v: Tensor, parts: int, out: Tensor) -> None:
+    """out ← cuDNN's attention to `parts` parts of the keys at the same time, added up."""
     k, v = (x.reshape(parts, -1, *x.shape[2:]) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (waves.several(q, parts), k, v))
     some, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
-    some, sums = some.transpose(1, 2), sums.view(*some.shape[:-1], 1).transpose(1, 2)
-    return waves.add_up(some.float(), sums).to(q.dtype)
+    waves.add_up(some.transpose(1, 2), sums.view(*some.shape[:-1], 1).transpose(1, 2), out)
 
 
 def chosen(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
