@@ -56,6 +56,8 @@ def ways_of(x: Tensor, weight: Tensor) -> dict[str, Convolve]:
     if results % 8 == 0:
         ways |= {"pairs": lambda: conv.conv3d_of_pairs(x, weight, None),
                  "pairs of frames": pairs_of_frames(x, weight)}
+    if results <= 4:
+        ways["Triton, to few"] = lambda: conv.conv3d_to_few(x, weight, None)
     if channels < 128:
         ways |= {"128 results": padded(x, weight, channels), "128 channels": padded(x, weight, 128)}
     return ways

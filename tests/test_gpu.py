@@ -17,7 +17,15 @@ from utils.checkpoint import fill
 from utils.config import load_config
 from wan import kernels, waves
 from wan.attention import BACKENDS, attention, chosen, fastest
-from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_of_ring, conv3d_plain, conv3d_triton, reads_rings
+from wan.kernels.conv import (
+    conv3d,
+    conv3d_of_pairs,
+    conv3d_of_ring,
+    conv3d_plain,
+    conv3d_to_few,
+    conv3d_triton,
+    reads_rings,
+)
 from wan.kv_cache import KVCache
 from wan.model import Block, CausalWan
 from wan.rope import RotaryEmbedding
@@ -177,6 +185,24 @@ def test_every_way_of_a_convolution(way, shape, out):
     assert relative(way(x, weight, bias), expected) < 2 * TOLERANCE[torch.bfloat16]  # cuDNN's sum is rounded before
     if out % 8 == 0:
         assert relative(way(x, weight, bias, skip), expected + skip) < 2 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.skipif(not NEW, reason="no Hopper")
+@pytest.mark.parametrize("tile", [(27, 64, 32, 4, 2), (27, 64, 128, 4, 3), (5, 128, 32, 8, 2)], ids=str)
+@pytest.mark.parametrize("shape,out", [((1, 6, 60, 832, 96), 3), ((2, 4, 7, 70, 32), 4), ((1, 4, 28, 62, 64), 1)])
+def test_convolution_to_few_channels(shape, out, tile, monkeypatch):
+    from wan.kernels import triton_conv_to_few  # not before: Triton needs a GPU driver
+
+    monkeypatch.setattr(triton_conv_to_few, "TILE", tile)
+    x, weight, bias = (draw(*size, dtype=torch.bfloat16) for size in (shape, (out, shape[-1], 3, 3, 3), (out,)))
+    skip = draw(shape[0], shape[1] - 2, *shape[2:4], out, dtype=torch.bfloat16)
+    x[..., :3] += 2  # a border that is not zero would show
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    expected = conv3d_plain(x.double(), weight.double(), bias.double())
+    assert relative(conv3d_to_few(x, weight, None), expected - bias) < TOLERANCE[torch.bfloat16]
+    assert relative(conv3d_to_few(x, weight, bias), expected) < TOLERANCE[torch.bfloat16]
+    assert relative(conv3d_to_few(x[:, 1:], weight, bias), expected[:, 1:]) < TOLERANCE[torch.bfloat16]
+    assert relative(conv3d_to_few(x, weight, bias, skip), expected + skip) < 2 * TOLERANCE[torch.bfloat16]
 
 
 def test_zeros_stay_zeros():
