@@ -16,7 +16,7 @@ from tests.parity import run
 from utils.checkpoint import fill
 from utils.config import load_config
 from wan import kernels, waves
-from wan.attention import BACKENDS, attention, chosen, fastest
+from wan.attention import BACKENDS, attention, chosen, fastest, one_head
 from wan.kernels.conv import (
     conv3d,
     conv3d_of_pairs,
@@ -234,6 +234,19 @@ def test_attention(queries, keys):
         got = attention(*(t.bfloat16() for t in (q, k, v)))
     weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(128**0.5).softmax(-1)
     assert relative(got, torch.einsum("bhqk,bkhd->bqhd", weights, v)) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("samples,queries,keys", [(3, 6240, 6240), (1, 6240, 6240), (2, 130, 100), (1, 1, 1)])
+def test_attention_of_one_wide_head(dtype, samples, queries, keys):
+    whole = draw(samples, max(queries, keys), 3 * 384, dtype=dtype)
+    whole[..., 0] *= 9
+    q, k, v = (x[:, :count] for x, count in zip(whole.chunk(3, -1), (queries, keys, keys), strict=True))
+    weights = torch.einsum("nqc,nkc->nqk", q.double(), k.double()).div(384**0.5).softmax(-1)
+    expected = torch.einsum("nqk,nkc->nqc", weights, v.double())
+    assert relative(one_head(q, k, v), expected) < 2 * TOLERANCE[torch.bfloat16]
+    plain = F.scaled_dot_product_attention(*(x[:, None] for x in (q, k, v)))[:, 0]
+    assert relative(one_head(q, k, v), expected) <= 1.2 * relative(plain, expected)
 
 
 def test_the_first_back_end_that_can_is_taken_and_told(monkeypatch):

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan import waves
+from wan.kernels import fused
 
 # Fastest first on the cards measured: at 4680×18720 tokens on an H200 cuDNN takes 1.0 ms, flash 1.7 ms.
 BACKENDS = [
@@ -37,6 +38,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return in_one_go(q, k, v)
 
 
+def one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` of a single head, without an axis for it. q [N, Sq, C], k and v [N, Sk, C] → [N, Sq, C]."""
+    if fused(q, k, v) and _is_wide(q.device, q.dtype, q.shape[-1]):
+        from wan.kernels import triton_wide_attention  # not before: Triton needs a GPU driver
+
+        return triton_wide_attention.attention(q, k, v)
+    return in_one_go(*(x[:, :, None] for x in (q, k, v)))[:, :, 0]
+
+
 def in_one_go(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attention` by one call of PyTorch's."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -48,6 +58,13 @@ def _in_waves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether it is cuDNN's attention as it is on Hopper, with one tile of TILE queries on a processor at a time."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and head_dim == 128 \
         and dtype in (torch.bfloat16, torch.float16) and chosen(device, dtype, head_dim) == CUDNN
+
+
+@cache
+def _is_wide(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Whether it is as wide as our own kernel, which needs the memory that a processor of Hopper has."""
+    return torch.cuda.get_device_capability(device)[0] == 9 and channels == 384 \
+        and dtype in (torch.bfloat16, torch.float16)
 
 
 def _to_parts(q: Tensor, k: Tensor, v: Tensor, parts: int, out: Tensor) -> None:

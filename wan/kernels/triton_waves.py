@@ -6,13 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16  # that a program adds up; a row is a head of a query
+ELEMENTS = 2048  # of a program
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _add_up(parts, log_sums, out, rows, part_stride, query_stride, head_stride, sum_part_stride, sum_query_stride,
-            sum_head_stride, out_query_stride, factor, PARTS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-            BLOCK: tl.constexpr, ROWS: tl.constexpr):
+            sum_head_stride, out_query_stride, out_head_stride, factor, PARTS: tl.constexpr, H: tl.constexpr,
+            D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """A row is a head of a query."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     query, head, channel = row // H, row % H, tl.arange(0, BLOCK)
     inside = row < rows
@@ -28,15 +29,17 @@ def _add_up(parts, log_sums, out, rows, part_stride, query_stride, head_stride, 
         weight = tl.exp2(tl.load(sums + part * sum_part_stride, inside, other=0.0) * factor - top)
         total += weight
         acc += weight[:, None] * tl.load(places + part * part_stride, mask, other=0.0).to(tl.float32)
-    places = out + (query * out_query_stride + head * D)[:, None] + channel[None, :]
+    places = out + (query * out_query_stride + head * out_head_stride)[:, None] + channel[None, :]
     tl.store(places, (acc * (1.0 / total)[:, None]).to(out.dtype.element_ty), mask)
 
 
 def add_up(parts: Tensor, log_sums: Tensor, out: Tensor, base: float) -> None:
     count, queries, heads, dim = parts.shape
-    if parts.stride(-1) != 1 or out.stride()[2:] != (dim, 1):
-        raise ValueError(f"channels of strides {parts.stride()} do not follow each other, or heads of {out.stride()}")
-    _add_up[(triton.cdiv(queries * heads, ROWS),)](
-        parts, log_sums, out, queries * heads, *parts.stride()[:3], *log_sums.stride()[:3], out.stride(1),
-        math.log2(base), PARTS=count, H=heads, D=dim, BLOCK=triton.next_power_of_2(dim), ROWS=ROWS, num_warps=4,
+    if parts.stride(-1) != 1 or out.stride(-1) != 1:
+        raise ValueError(f"channels of strides {parts.stride()} and {out.stride()} do not follow each other")
+    block = triton.next_power_of_2(dim)
+    rows = max(1, ELEMENTS // block)
+    _add_up[(triton.cdiv(queries * heads, rows),)](
+        parts, log_sums, out, queries * heads, *parts.stride()[:3], *log_sums.stride()[:3], *out.stride()[1:3],
+        math.log2(base), PARTS=count, H=heads, D=dim, BLOCK=block, ROWS=rows, num_warps=4,
     )
