@@ -1,5 +1,7 @@
 """What only a GPU can show. All of them: `python -m pytest -m gpu`."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,17 @@ from tests.diffusers_vae import DiffusersVAE, empty
 from tests.parity import run
 from utils.checkpoint import fill
 from utils.config import load_config
-from wan import kernels
-from wan.attention import BACKENDS, attention, chosen, fastest
-from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_of_ring, conv3d_plain, conv3d_triton, reads_rings
+from wan import kernels, waves
+from wan.attention import BACKENDS, attention, chosen, fastest, one_head
+from wan.kernels.conv import (
+    conv3d,
+    conv3d_of_pairs,
+    conv3d_of_ring,
+    conv3d_plain,
+    conv3d_to_few,
+    conv3d_triton,
+    reads_rings,
+)
 from wan.kv_cache import KVCache
 from wan.model import Block, CausalWan
 from wan.rope import RotaryEmbedding
@@ -177,11 +187,44 @@ def test_every_way_of_a_convolution(way, shape, out):
         assert relative(way(x, weight, bias, skip), expected + skip) < 2 * TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.skipif(not NEW, reason="no Hopper")
+@pytest.mark.parametrize("tile", [(27, 64, 32, 4, 2), (27, 64, 128, 4, 3), (5, 128, 32, 8, 2)], ids=str)
+@pytest.mark.parametrize("shape,out", [((1, 6, 60, 832, 96), 3), ((2, 4, 7, 70, 32), 4), ((1, 4, 28, 62, 64), 1)])
+def test_convolution_to_few_channels(shape, out, tile, monkeypatch):
+    from wan.kernels import triton_conv_to_few  # not before: Triton needs a GPU driver
+
+    monkeypatch.setattr(triton_conv_to_few, "TILE", tile)
+    x, weight, bias = (draw(*size, dtype=torch.bfloat16) for size in (shape, (out, shape[-1], 3, 3, 3), (out,)))
+    skip = draw(shape[0], shape[1] - 2, *shape[2:4], out, dtype=torch.bfloat16)
+    x[..., :3] += 2  # a border that is not zero would show
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    expected = conv3d_plain(x.double(), weight.double(), bias.double())
+    assert relative(conv3d_to_few(x, weight, None), expected - bias) < TOLERANCE[torch.bfloat16]
+    assert relative(conv3d_to_few(x, weight, bias), expected) < TOLERANCE[torch.bfloat16]
+    assert relative(conv3d_to_few(x[:, 1:], weight, bias), expected[:, 1:]) < TOLERANCE[torch.bfloat16]
+    assert relative(conv3d_to_few(x, weight, bias, skip), expected + skip) < 2 * TOLERANCE[torch.bfloat16]
+
+
 def test_zeros_stay_zeros():
     x, gamma = torch.zeros(1, 2, 3, 3, 16, device="cuda"), draw(16)
     out = torch.full_like(x, 7)
     kernels.norm_silu(x, gamma, None, out)
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16], ids=str)
+@pytest.mark.parametrize("parts,queries,heads,head_dim", [(2, 456, 12, 128), (5, 7, 3, 64), (3, 1, 1, 48)])
+@pytest.mark.parametrize("base", [math.e, 2.0])
+def test_parts_of_attention_are_added_up(dtype, parts, queries, heads, head_dim, base):
+    """Laid out by queries and by heads, into some of the queries of a longer tensor."""
+    sums = 5 * draw(parts, heads, queries, 1).transpose(1, 2)
+    by_heads = draw(parts, heads, queries, head_dim, dtype=dtype).transpose(1, 2)
+    for some in (by_heads, by_heads.contiguous()):
+        whole = torch.full((1, queries + 9, heads, head_dim), 7.0, device="cuda", dtype=dtype)
+        waves.add_up(some, sums, whole[:, 4:-5], base)
+        expected = waves.add_up_plain(some.double(), sums.double(), base)
+        assert relative(whole[:, 4:-5], expected) < TOLERANCE.get(dtype, 1e-3)
+        assert (whole[:, :4] == 7).all() and (whole[:, -5:] == 7).all()
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1000, 512), (4680, 4680), (1000, 18720), (4680, 18720)])
@@ -191,6 +234,19 @@ def test_attention(queries, keys):
         got = attention(*(t.bfloat16() for t in (q, k, v)))
     weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(128**0.5).softmax(-1)
     assert relative(got, torch.einsum("bhqk,bkhd->bqhd", weights, v)) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("samples,queries,keys", [(3, 6240, 6240), (1, 6240, 6240), (2, 130, 100), (1, 1, 1)])
+def test_attention_of_one_wide_head(dtype, samples, queries, keys):
+    whole = draw(samples, max(queries, keys), 3 * 384, dtype=dtype)
+    whole[..., 0] *= 9
+    q, k, v = (x[:, :count] for x, count in zip(whole.chunk(3, -1), (queries, keys, keys), strict=True))
+    weights = torch.einsum("nqc,nkc->nqk", q.double(), k.double()).div(384**0.5).softmax(-1)
+    expected = torch.einsum("nqk,nkc->nqc", weights, v.double())
+    assert relative(one_head(q, k, v), expected) < 2 * TOLERANCE[torch.bfloat16]
+    plain = F.scaled_dot_product_attention(*(x[:, None] for x in (q, k, v)))[:, 0]
+    assert relative(one_head(q, k, v), expected) <= 1.2 * relative(plain, expected)
 
 
 def test_the_first_back_end_that_can_is_taken_and_told(monkeypatch):

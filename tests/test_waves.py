@@ -1,5 +1,7 @@
 """Attention in whole waves: which queries are shared out, and that nothing is lost by it."""
 
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,4 +42,7 @@ def test_parts_add_up_to_attention_to_all_keys(seed, parts, sharpness):
     pieces = [x.chunk(parts, 1) for x in (k, v)]
     some = torch.cat([exact_attention(q, *piece) for piece in zip(*pieces, strict=True)])
     scores = torch.cat([torch.einsum("bqhd,bkhd->bqhk", q, piece) / 8**0.5 for piece in pieces[0]])
-    assert relative(waves.add_up(some, scores.logsumexp(-1, keepdim=True)), exact_attention(q, k, v)) < 1e-12
+    sums, out = scores.logsumexp(-1, keepdim=True), q.new_full((1, 9, 2, 8), 7.0)
+    for scaled, base in ((sums, math.e), (sums / math.log(2), 2.0)):
+        waves.add_up(some, scaled, out[:, 4:], base)
+        assert relative(out[:, 4:], exact_attention(q, k, v)) < 1e-12 and (out[:, :4] == 7).all()

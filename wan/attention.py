@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan import waves
+from wan.kernels import fused
 
 # Fastest first on the cards measured: at 4680×18720 tokens on an H200 cuDNN takes 1.0 ms, flash 1.7 ms.
 BACKENDS = [
@@ -30,8 +31,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if len(q) == 1 and _in_waves(q.device, q.dtype, q.shape[-1]) and not (torch.is_grad_enabled() and q.requires_grad):
         first, parts = waves.shares(q.shape[1], k.shape[1], q.shape[2], TILE, waves.at_once(q.device, 1))
         if parts > 1:
-            return torch.cat([in_one_go(q[:, :first], k, v), _to_parts(q[:, first:], k, v, parts)], 1)
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+            out[:, :first] = in_one_go(q[:, :first], k, v)
+            _to_parts(q[:, first:], k, v, parts, out[:, first:])
+            return out
     return in_one_go(q, k, v)
+
+
+def one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` of a single head, without an axis for it. q [N, Sq, C], k and v [N, Sk, C] → [N, Sq, C]."""
+    if fused(q, k, v) and _is_wide(q.device, q.dtype, q.shape[-1]):
+        from wan.kernels import triton_wide_attention  # not before: Triton needs a GPU driver
+
+        return triton_wide_attention.attention(q, k, v)
+    return in_one_go(*(x[:, :, None] for x in (q, k, v)))[:, :, 0]
 
 
 def in_one_go(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -47,13 +60,19 @@ def _in_waves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
         and dtype in (torch.bfloat16, torch.float16) and chosen(device, dtype, head_dim) == CUDNN
 
 
-def _to_parts(q: Tensor, k: Tensor, v: Tensor, parts: int) -> Tensor:
-    """cuDNN's attention to `parts` parts of the keys at the same time, added up."""
+@cache
+def _is_wide(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Whether it is as wide as our own kernel, which needs the memory that a processor of Hopper has."""
+    return torch.cuda.get_device_capability(device)[0] == 9 and channels == 384 \
+        and dtype in (torch.bfloat16, torch.float16)
+
+
+def _to_parts(q: Tensor, k: Tensor, v: Tensor, parts: int, out: Tensor) -> None:
+    """out ← cuDNN's attention to `parts` parts of the keys at the same time, added up."""
     k, v = (x.reshape(parts, -1, *x.shape[2:]) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (waves.several(q, parts), k, v))
     some, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
-    some, sums = some.transpose(1, 2), sums.view(*some.shape[:-1], 1).transpose(1, 2)
-    return waves.add_up(some.float(), sums).to(q.dtype)
+    waves.add_up(some.transpose(1, 2), sums.view(*some.shape[:-1], 1).transpose(1, 2), out)
 
 
 def chosen(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

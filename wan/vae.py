@@ -3,6 +3,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from wan.attention import one_head
 from wan.frame_ring import HISTORY, FrameRing
 from wan.geometry import FRAMES
 from wan.kernels import EPS, conv2d_of_twice, norm_silu
@@ -137,8 +138,8 @@ class WanStream:
         """x + attention of one head among the positions of each frame."""
         batch, frames, height, width, channels = x.shape
         y = F.rms_norm(x, (channels,), block.norm.gamma.flatten(), EPS)
-        q, k, v = _pointwise(block.to_qkv, y).reshape(batch * frames, 1, height * width, -1).chunk(3, -1)
-        return x + _pointwise(block.proj, F.scaled_dot_product_attention(q, k, v).view(x.shape))
+        q, k, v = _pointwise(block.to_qkv, y).reshape(batch * frames, height * width, -1).chunk(3, -1)
+        return x + _pointwise(block.proj, one_head(q, k, v).view(x.shape))
 
     def _upsample(self, block: nn.Module, x: Tensor) -> Tensor:
         """Twice the rows and columns and, where the block says so, twice the frames; but the first latent of a video

@@ -4,8 +4,12 @@ several parts of the keys, which are added up by their weights. That is the same
 Flash-Decoding).
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from wan.kernels import fused
 
 MOST_WAVES = 8  # beyond, the last one matters little
 FEWEST_KEYS = 4096  # below, adding up takes longer than it saves
@@ -25,10 +29,20 @@ def shares(queries: int, keys: int, heads: int, tile: int, at_once: int) -> tupl
     return tile * whole, parts
 
 
-def add_up(parts: Tensor, log_sums: Tensor) -> Tensor:
-    """Attention to all keys, [1, S, H, D], of that to each part of them, [parts, S, H, D], and the logarithms of the
-    sums of the exponentials there, [parts, S, H, 1]."""
-    return (parts * log_sums.softmax(0)).sum(0, keepdim=True)
+def add_up(parts: Tensor, log_sums: Tensor, out: Tensor, base: float = math.e) -> None:
+    """out ← attention to all keys, [1, S, H, D], of that to each part of them, [parts, S, H, D], and the logarithms to
+    this base of the sums of the exponentials there, [parts, S, H, 1]. out may be some queries of a longer tensor."""
+    if fused(parts, log_sums):
+        from wan.kernels import triton_waves  # not before: Triton needs a GPU driver
+
+        triton_waves.add_up(parts, log_sums, out, base)
+    else:
+        out.copy_(add_up_plain(parts, log_sums, base))
+
+
+def add_up_plain(parts: Tensor, log_sums: Tensor, base: float = math.e) -> Tensor:
+    weights = (log_sums * math.log(base)).softmax(0)
+    return (parts.to(weights.dtype) * weights).sum(0, keepdim=True)
 
 
 def several(x: Tensor, parts: int) -> Tensor:

@@ -49,6 +49,14 @@ def conv3d_triton(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor |
     return triton_conv.conv3d(x, weight, bias, skip)
 
 
+def conv3d_to_few(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None = None) -> Tensor:
+    """`conv3d` by a Triton kernel, for filters of 3×3×3, C a multiple of 8 and at most 4 channels of the result."""
+    from wan.kernels import triton_conv_to_few
+
+    y = triton_conv_to_few.conv3d(x, weight, bias if skip is None else None)
+    return y if skip is None else add_bias(y, bias, skip)
+
+
 def conv3d_of_ring(ring: Tensor, start: int, frames: int, weight: Tensor, bias: Tensor | None,
                    skip: Tensor | None = None) -> Tensor:
     """`conv3d` of so many frames, from `start` on, of ring [B, N, H, W, C], where the first frame follows the last."""
@@ -71,4 +79,4 @@ def _on_hopper(x: Tensor) -> bool:
 
 # The fastest way where that is not cuDNN as it comes, by the weight's shape: those of Wan's decoder at full resolution,
 # for which cuDNN has only kernels of the generation before. Measured by scripts/tune_decoder.py.
-HOPPER: dict[tuple[int, ...], Way] = {(96, 96, 3, 3, 3): conv3d_triton}
+HOPPER: dict[tuple[int, ...], Way] = {(96, 96, 3, 3, 3): conv3d_triton, (3, 96, 3, 3, 3): conv3d_to_few}

@@ -33,14 +33,16 @@ REGISTERS, OF_A_THREAD = 65536, 255  # that a processor of Hopper has, and a thr
 TILES = {9: (64, 128, 4, 3, None), 10: (128, 128, 8, 3, None), 8: (128, 32, 8, 3, None), 12: (128, 32, 8, 3, None)}
 
 
-@triton.jit(do_not_specialize=["queries", "filled", "run", "skipped", "groups"])
+@triton.jit(do_not_specialize=["queries", "filled", "run", "groups"])
 def _attention(queries_of, keys, values, query_scale, key_scale, value_scale, out, log_sums, queries, filled, run,
-               skipped, groups, scale_sample_stride, scale_head_stride, factor, H: tl.constexpr, D: tl.constexpr,
-               M: tl.constexpr, N: tl.constexpr, WANT_SUMS: tl.constexpr):
+               groups, scale_sample_stride, scale_head_stride, factor, H: tl.constexpr, D: tl.constexpr,
+               M: tl.constexpr, N: tl.constexpr, ARE_PARTS: tl.constexpr):
+    """ARE_PARTS: each sample has the same queries, and part of the keys of one; the sums are wanted too."""
     sample, head = tl.program_id(1) // H, tl.program_id(1) % H
     first = tl.program_id(0) * M
     row = first + tl.arange(0, M)
-    at = (sample.to(tl.int64) * queries + row) * H + head
+    asking = sample * 0 if ARE_PARTS else sample  # the sample of the queries, and of the scale of values
+    at = (asking.to(tl.int64) * queries + row) * H + head
     # By rows: what comes through a descriptor is held in registers as the product's operand, and where N = D Triton 3.6
     # has them overwritten after the first tile of keys.
     q = tl.load(queries_of + at[:, None] * D + tl.arange(0, D)[None, :], (row < queries)[:, None], other=0)
@@ -50,7 +52,9 @@ def _attention(queries_of, keys, values, query_scale, key_scale, value_scale, ou
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     next_scale = tl.load(key_scale)
-    border = run - sample * skipped % run  # where another scale may begin
+    border = run  # where another scale may begin
+    if ARE_PARTS:
+        border -= sample * filled % run
     for start in range(0, filled, N):
         k = keys.load([sample * groups + start // GROUP, 0, 0, 0, head * D]).reshape(N, D)
         sums = tl.dot(q, k.T, tl.full([M, N], BITS, tl.int32), out_dtype=tl.int32)
@@ -78,10 +82,11 @@ def _attention(queries_of, keys, values, query_scale, key_scale, value_scale, ou
         # keys. It sums one tile; this sum is float32, and costs nothing beside the fading.
         in_order = tl.permute(tl.reshape(weights.to(tl.float8e4nv), [M, N // GROUP, 2, 4, 2]), 0, 1, 3, 2, 4)
         acc = acc * fading[:, None] + tl.dot(in_order.reshape(M, N), v.T)
-    acc = acc * (tl.load(value_scale + sample * H + head) / total)[:, None]
+    acc = acc * (tl.load(value_scale + asking * H + head) / total)[:, None]
+    at = (sample.to(tl.int64) * queries + row) * H + head
     places = out + at[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(places, acc.to(out.dtype.element_ty), (row < queries)[:, None])
-    if WANT_SUMS:  # log2 of the sum of the exponentials
+    if ARE_PARTS:  # log2 of the sum of the exponentials
         tl.store(log_sums + at, top + tl.log2(total) - 8.807354922, row < queries)
 
 
@@ -97,14 +102,12 @@ def attention(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_
             out = torch.empty(q.shape, dtype=dtype, device=q.device)
             _run(q[:, :first], query_scale[:, :first], keys, values, key_scale, value_scale, run, tile,
                  out[:, :first])
-            rest, rest_scale = (waves.several(x[:, first:], parts) for x in (q, query_scale))
-            some = torch.empty(rest.shape, dtype=torch.float32, device=q.device)
-            sums = torch.empty(*rest.shape[:-1], 1, dtype=torch.float32, device=q.device)
-            _run(rest, rest_scale, keys.view(parts, -1, *keys.shape[2:]),
+            some = torch.empty(parts, queries - first, *q.shape[2:], dtype=torch.float32, device=q.device)
+            sums = torch.empty(*some.shape[:-1], 1, dtype=torch.float32, device=q.device)
+            _run(q[:, first:], query_scale[:, first:], keys.view(parts, -1, *keys.shape[2:]),
                  values[0].unflatten(-1, (parts, -1)).permute(2, 0, 1, 3),
-                 key_scale[0].unflatten(-1, (parts, -1)).transpose(0, 1), waves.several(value_scale, parts), run, tile,
-                 some, sums, are_parts=True)
-            out[:, first:] = waves.add_up(some, sums / LOG2_E)
+                 key_scale[0].unflatten(-1, (parts, -1)).transpose(0, 1), value_scale, run, tile, some, sums)
+            waves.add_up(some, sums, out[:, first:], base=2)
             return out
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     _run(q, query_scale, keys, values, key_scale, value_scale, run, tile, out)
@@ -112,19 +115,19 @@ def attention(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_
 
 
 def _run(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor, value_scale: Tensor, run: int,
-         tile: tuple, out: Tensor, log_sums: Tensor | None = None, are_parts: bool = False) -> None:
-    """Attention in one go, into `out` and, where it is given, `log_sums` [B, S, H, 1]: log2 of the sums of the
-    exponentials. are_parts: the keys of a sample follow those of the one before."""
-    batch, queries, heads, head_dim = q.shape
+         tile: tuple, out: Tensor, log_sums: Tensor | None = None) -> None:
+    """Attention in one go, into `out`. Where `log_sums` [parts, S, H, 1] are given, q [1, S, H, D] attends to parts of
+    the keys of one sample that follow each other, into `out` [parts, S, H, D], and log2 of the sums of the exponentials
+    goes there."""
+    batch, queries, heads, head_dim = out.shape
     if key_scale.stride(2) != 1:
         raise ValueError(f"scales of keys with strides {key_scale.stride()} do not follow each other")
     m, n, warps, stages, registers = tile
     in_groups, groups = _in_groups(keys, n)
     _attention[(triton.cdiv(queries, m), batch * heads)](
         q, in_groups, TensorDescriptor.from_tensor(values, [1, 1, head_dim, n]), query_scale, key_scale, value_scale,
-        out, log_sums, queries, keys.shape[1], run, keys.shape[1] if are_parts else 0, groups, *key_scale.stride()[:2],
-        LOG2_E * head_dim**-0.5, H=heads, D=head_dim, M=m, N=n, WANT_SUMS=log_sums is not None, num_warps=warps,
-        num_stages=stages, maxnreg=registers,
+        out, log_sums, queries, keys.shape[1], run, groups, *key_scale.stride()[:2], LOG2_E * head_dim**-0.5, H=heads,
+        D=head_dim, M=m, N=n, ARE_PARTS=log_sums is not None, num_warps=warps, num_stages=stages, maxnreg=registers,
     )
 
 
