@@ -42,8 +42,8 @@ def validate(args: argparse.Namespace) -> None:
     other = {name: value[torch.randperm(args.clips, generator=random)] for name, value in truth.items()}
     columns = {
         "drawn": _right(drawn, truth), "worsened": _right(worse, truth), "other manner": _right(loose, truth),
-        "MP4": _right(packed, truth), f"{SHORTEST} frames": _right(short, truth), "shuffled captions": _right(drawn, other),
-        "chance": {name: _chance(truth[name]) for name in ATTRIBUTES},
+        "MP4": _right(packed, truth), f"{SHORTEST} frames": _right(short, truth),
+        "shuffled captions": _right(drawn, other), "chance": {name: _chance(truth[name]) for name in ATTRIBUTES},
     }
     print(f"\n{args.clips} clips, {args.mp4_clips} through an MP4; right in %, chance for captions of other clips\n")
     print("| attribute | " + " | ".join(columns) + " |")
