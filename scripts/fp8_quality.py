@@ -83,6 +83,7 @@ def measure(engine: Engine, latents: int, prompt: str) -> Quality:
     def session_of(generator: nn.Module):
         one = copy.copy(engine)
         one.generator = generator
+        one.config = dataclasses.replace(engine.config, cuda_graphs=False)  # which know nothing of two side by side
         session = one.session()
         session.set_prompt(prompt)
         return session
