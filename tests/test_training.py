@@ -225,3 +225,6 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
     restore(tmp_path / "checkpoint", again)
     first, second = (generator.load(folder, "cpu", "matched.pt")[0].state_dict() for folder in (stages, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    teacher, restored = (generator.load(folder, "cpu", "refined.pt")[0].state_dict() for folder in (stages, again))
+    for name, value in teacher.items():
+        assert (restored[name] - value).abs().max() <= 0.005 * (first[name] - value).abs().max() + 1e-6

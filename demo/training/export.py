@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
+from torch import Tensor
 
 from demo.random_checkpoint import transformer_config, write_json
 from demo.training import generator as stage2
@@ -12,9 +13,11 @@ from demo.training import vae as vaes
 from utils.checkpoint import pick_generator, read, read_folder, read_json
 from utils.key_names import tied_embedding
 
+TEACHER = "models/teacher.pt"  # only training reads it
+
 
 def export(folder: Path, target: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Writes FOLDER's stages to TARGET: the latest of the generator's, and the LoRA if there is one."""
+    """Writes FOLDER's stages to TARGET: the latest of the generator's, the LoRA and the teacher if they are there."""
     for name in ("transformer", "text_encoder", "tokenizer", "vae", "models"):
         (target / name).mkdir(parents=True, exist_ok=True)
     model, text, words = stage2.load(folder, "cpu", stage2.latest(folder))
@@ -22,8 +25,12 @@ def export(folder: Path, target: Path, dtype: torch.dtype = torch.float16) -> No
     def half(state: dict) -> dict:
         return {name: value.to(dtype).contiguous() for name, value in state.items()}
 
-    torch.save({"generator": {f"model.{name}": value for name, value in half(model.state_dict()).items()}},
+    generator = half(model.state_dict())
+    torch.save({"generator": {f"model.{name}": value for name, value in generator.items()}},
                target / "models/longlive_base.pt")
+    if (teacher := folder / stage2.latest(folder, stage2.TEACHERS)).exists():
+        weights = torch.load(teacher, map_location="cpu", weights_only=True)["generator"]
+        torch.save({"difference": difference(weights, generator)}, target / TEACHER)
     write_json(target / "transformer/config.json", transformer_config(stage2.GENERATOR))
     if (folder / "streaming.pt").exists():
         lora = torch.load(folder / "streaming.pt", map_location="cpu", weights_only=True)["lora"]
@@ -45,16 +52,29 @@ def export(folder: Path, target: Path, dtype: torch.dtype = torch.float16) -> No
     words.tokenizer.save_pretrained(target / "tokenizer")
 
 
+def difference(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """How far weights are from those of a base that is near to them: in 8 bits, and the scale of each row."""
+    result = {}
+    for name, value in weights.items():
+        away = value.float() - base[name].float()
+        scale = away.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+        result[name] = ((away / scale).round().to(torch.int8), scale)
+    return result
+
 
 def restore(checkpoint: Path, folder: Path) -> None:
     """The other way: writes `vae.pt` and the generator, as the result of each of its stages, for later ones to start
-    from. What is in FOLDER already stays."""
+    from; for the teacher's stages the teacher, where CHECKPOINT has it. What is in FOLDER already stays."""
     config = read_json(checkpoint / "vae/config.json")
     if not (folder / "vae.pt").exists():
         state = {name: value.float() for name, value in read_folder(checkpoint / "vae").items()}
         torch.save({"state": state, "mean": config["latents_mean"], "std": config["latents_std"]}, folder / "vae.pt")
     generator = pick_generator(read(checkpoint / "models/longlive_base.pt"), False, checkpoint)
-    text = tied_embedding(read_folder(checkpoint / "text_encoder"))
+    text, teacher = dict(tied_embedding(read_folder(checkpoint / "text_encoder"))), generator
+    if (checkpoint / TEACHER).exists():
+        away = torch.load(checkpoint / TEACHER, map_location="cpu", weights_only=True)["difference"]
+        teacher = {name: generator[name].float() + steps * scale for name, (steps, scale) in away.items()}
     for name in stage2.RESULTS:
         if not (folder / name).exists():
-            torch.save({"generator": dict(generator), "text": dict(text)}, folder / name)
+            weights = teacher if name in stage2.TEACHERS else generator
+            torch.save({"generator": dict(weights), "text": text}, folder / name)
