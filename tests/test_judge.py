@@ -9,7 +9,7 @@ from demo.canvas import HEIGHT, WIDTH
 from demo.judge import APPEARANCE, ATTRIBUTES, COUNT, OF_SUBJECT, SHORTEST, SIZES, WEIGHTS, WINDOW, Judge, Network, main
 from demo.judge_training import accuracy, draw_seen, labels, loss_of, random_script, worsen
 from demo.videos import read_video
-from demo.world import FPS, draw, is_held_out
+from demo.world import CATEGORIES, FPS, Manner, draw, is_held_out
 from utils.video import Mp4Writer
 
 
@@ -155,3 +155,15 @@ def test_is_right_on_drawn_clips():
     right = accuracy(network, (255 * draw_seen(script)).round().to(torch.uint8), labels(script), 8)
     assert min(right.values()) > 0.9, right
     assert right[COUNT] == 1
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="the judge is not trained yet")
+@pytest.mark.parametrize("bob,wobble", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.5)])
+def test_a_drift_is_told_by_the_scenery_that_passes(bob, wobble):
+    """And not by the bobbing that comes with it in the world."""
+    script = random_script(80, torch.Generator().manual_seed(3), other_count=0)
+    script = script[script.scenes[:, 0, CATEGORIES.index("motion")] < 2]
+    one = torch.ones(len(script))
+    seen = draw_seen(script, manner=Manner(one, one, bob * one, wobble * one))
+    right = accuracy(Judge.load().network, (255 * seen).round().to(torch.uint8), labels(script), 8)
+    assert len(script) > 12 and right["motion"] > 0.9, right

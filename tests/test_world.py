@@ -12,6 +12,7 @@ from demo.world import (
     CATEGORIES,
     CHOICES,
     FPS,
+    Manner,
     Scene,
     Script,
     draw,
@@ -20,6 +21,7 @@ from demo.world import (
     paint,
     sample,
     scene_of,
+    scenery_speed,
 )
 
 SCENE = Scene("ball", "red", "still", "meadow", "noon", "still")
@@ -94,6 +96,36 @@ def test_frame_to_frame_change_at_a_switch_is_small():
     change = (pictures[0, 1:] - pictures[0, :-1]).abs().mean((1, 2, 3))
     whole = (pictures[0, -1] - pictures[0, 0]).abs().mean()
     assert whole > 10 and change.max() < 0.35 * whole
+
+
+@pytest.mark.parametrize("motion,camera,least,most", [
+    ("still", "still", 0, 0), ("bounce", "still", 0, 0), ("drift left", "still", 1, 1), ("drift right", "still", 1, 1),
+    ("still", "pan", 0.5, 1), ("still", "zoom", 0.1, 0.9),
+])
+def test_speed_of_the_scenery(motion, camera, least, most):
+    speed = scenery_speed(clip(changed(SCENE, motion=motion, camera=camera)), 81)  # a period of the camera
+    assert speed.shape == (1, 81) and least <= speed.max() <= most and least * 0.99 <= speed.max()
+    assert least < 1 or speed.min() > 0.99
+
+
+def manner(**values: float) -> Manner:
+    exact = Manner.exact(1, "cpu")
+    return Manner(**{name: torch.tensor([values.get(name, getattr(exact, name).item())]) for name in vars(exact)})
+
+
+def test_manners():
+    def frames(motion: str, moves: str, **values: float):
+        return frames_of(clip(changed(SCENE, motion=motion, camera=moves)), 40, manner(**values))
+
+    exact = frames("drift right", "pan")
+    for name, value in vars(frames_of(clip(changed(SCENE, motion="drift right", camera="pan")), 40)).items():
+        assert not torch.is_tensor(value) or torch.equal(value, getattr(exact, name))
+    assert frames("drift right", "still").y.std() > 1 > 1e-3 > frames("drift right", "still", bob=0.0).y.std()
+    assert frames("still", "still").y.std() < 1e-3 and frames("still", "still", wobble=2.0).y.std() > 1
+    fast, slow = (frames("drift right", "still", tempo=tempo).travel.diff().mean() for tempo in (1.2, 0.8))
+    torch.testing.assert_close(fast / slow, torch.tensor(1.5))
+    wide, narrow = (frames("still", "zoom", camera=factor).zoom.max() - 1 for factor in (1.0, 0.5))
+    torch.testing.assert_close(wide / narrow, torch.tensor(2.0))
 
 
 def test_held_out_combinations_are_never_sampled_for_training():
