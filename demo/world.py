@@ -46,6 +46,7 @@ BLEND = {"subject": 0.5, "colour": 0.5, "motion": 0.7, "setting": 1.0, "light": 
 DRIFT_SPEED = 30.0  # pixels a second that the nearest scenery goes by
 PAN, PAN_PERIOD = 28.0, 5.0  # pixels, seconds
 ZOOM, ZOOM_PERIOD = 0.32, 5.0  # the subject gets so much larger
+STRAY_PERIOD = 6.5  # seconds
 
 STYLE = 24  # random numbers of a clip that no caption tells: where the subject is, how the hills lie, …
 
@@ -128,18 +129,20 @@ def sample(clips: int, scenes: int, generator: torch.Generator, held_out: bool =
 @dataclass
 class Manner:
     """How clips keep to what their scenes say, as factors [B] of what the world does: its tempo, how far the camera
-    moves, how much a drifting subject bobs and leans; and pixels by which every subject bobs, whatever its motion."""
+    moves, how much a drifting subject bobs and leans; and pixels by which every subject bobs, whatever its motion, and
+    slowly strays to the left and to the right."""
 
     tempo: Tensor
     camera: Tensor
     bob: Tensor
     wobble: Tensor
+    stray: Tensor
 
     @staticmethod
     def exact(clips: int, device) -> "Manner":
         """The world's own."""
         one = torch.ones(clips, device=device)
-        return Manner(one, one, one, 0 * one)
+        return Manner(one, one, one, 0 * one, 0 * one)
 
 
 def weights(values: Tensor, starts: Tensor, t: Tensor, choices: int, seconds: float) -> Tensor:
@@ -169,6 +172,7 @@ def frames_of(script: Script, frames: int, manner: Manner | None = None) -> Fram
 
     x, y, tilt_x, tilt_y, squash = _motion(shown["motion"], clock, manner.bob[:, None])
     y = y + manner.wobble[:, None] * _bob(clock + style[..., 3])
+    x = x + manner.stray[:, None] * torch.sin(2 * math.pi * (clock / STRAY_PERIOD + style[..., 3]))
     velocity = (shown["motion"][..., 1] - shown["motion"][..., 0]) * DRIFT_SPEED
     scroll = (velocity.cumsum(1) - velocity) * second
     pan, zoom = shown["camera"][..., 1:].unbind(-1)

@@ -164,6 +164,6 @@ def test_a_drift_is_told_by_the_scenery_that_passes(bob, wobble):
     script = random_script(80, torch.Generator().manual_seed(3), other_count=0)
     script = script[script.scenes[:, 0, CATEGORIES.index("motion")] < 2]
     one = torch.ones(len(script))
-    seen = draw_seen(script, manner=Manner(one, one, bob * one, wobble * one))
+    seen = draw_seen(script, manner=Manner(one, one, bob * one, wobble * one, 0 * one))
     right = accuracy(Judge.load().network, (255 * seen).round().to(torch.uint8), labels(script), 8)
     assert len(script) > 12 and right["motion"] > 0.9, right

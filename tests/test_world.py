@@ -122,6 +122,7 @@ def test_manners():
         assert not torch.is_tensor(value) or torch.equal(value, getattr(exact, name))
     assert frames("drift right", "still").y.std() > 1 > 1e-3 > frames("drift right", "still", bob=0.0).y.std()
     assert frames("still", "still").y.std() < 1e-3 and frames("still", "still", wobble=2.0).y.std() > 1
+    assert frames("still", "still").x.std() < 1e-3 and frames("still", "still", stray=10.0).x.std() > 1
     fast, slow = (frames("drift right", "still", tempo=tempo).travel.diff().mean() for tempo in (1.2, 0.8))
     torch.testing.assert_close(fast / slow, torch.tensor(1.5))
     wide, narrow = (frames("still", "zoom", camera=factor).zoom.max() - 1 for factor in (1.0, 0.5))
