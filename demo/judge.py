@@ -5,6 +5,7 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from demo.canvas import HEIGHT, WIDTH
 from demo.world import CATEGORIES, CHOICES
+from utils.cli import guarded
+from utils.paths import find_file
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 
@@ -154,10 +157,13 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.command == "train":
+        if args.start:
+            args.start = find_file(str(args.start), "--start", "give weights of a judge, or leave it out")
         judge_training.train(args)
     else:
+        args.weights = find_file(str(args.weights), "--weights", "give what python -m demo.judge train wrote")
         judge_validation.validate(args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -5,6 +5,7 @@ checkpoint in the released layout is FOLDER/checkpoint. demo/README.md tells wha
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from demo.training.curves import plot
 from demo.training.export import export, restore
 from demo.training.looks import look
 from demo.training.ranks import Ranks
+from utils.cli import guarded
+from utils.errors import UserError
+from utils.paths import find_file
 
 STAGES = ("vae", "generator", "refined", "distilled", "matched", "streaming")
 STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "matched": 1500, "streaming": 850}
@@ -26,7 +30,7 @@ def run(stage: str, folder: Path, ranks: Ranks, scale: float, device: str, seed:
     steps, clips = max(10, round(STEPS[stage] * scale)), max(64, round(CLIPS * min(1, scale)))
     if stage == "vae":
         if ranks.size > 1:
-            raise SystemExit("error: the VAE is trained on one GPU; leave torchrun out for --stages vae")
+            raise UserError("the VAE is trained on one GPU; leave torchrun out for --stages vae")
         vae.train(folder, steps=steps, device=device, seed=seed, clips=clips)
     elif stage in generator.PHASES:
         generator.train(folder, ranks, stage, steps=steps, device=device, seed=seed, clips=clips)
@@ -44,6 +48,9 @@ def main() -> None:
                         help="take the stages before --stages from there, such as demo/checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.start:
+        found = find_file(f"{args.start}/vae/config.json", "--start", "give a folder such as demo/checkpoint")
+        args.start = found.parent.parent
     torch.backends.cudnn.benchmark = True
     ranks = Ranks()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -62,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -10,6 +10,7 @@ from demo.judge import APPEARANCE, ATTRIBUTES, COUNT, OF_SUBJECT, SHORTEST, SIZE
 from demo.judge_training import accuracy, draw_seen, labels, loss_of, random_script, worsen
 from demo.videos import read_video
 from demo.world import CATEGORIES, FPS, Manner, draw, is_held_out
+from utils.errors import UserError
 from utils.video import Mp4Writer
 
 
@@ -131,6 +132,12 @@ def test_trains_validates_and_goes_on_where_it_was(tmp_path, capsys):
           str(tmp_path / "judge.json")])
     right = json.loads((tmp_path / "judge.json").read_text())["right"]
     assert set(right["drawn"]) == set(right["MP4"]) == set(ATTRIBUTES) and set(right["8 frames"]) == set(APPEARANCE)
+
+
+@pytest.mark.parametrize("arguments", [("validate", "--weights"), ("train", "--out", "a.safetensors", "--start")])
+def test_weights_that_are_not_there_are_told(arguments):
+    with pytest.raises(UserError, match=f"{arguments[-1]}=nothere: no such file"):
+        main([*arguments, "nothere"])
 
 
 def _stops_at(step: int, batch, stop):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from demo import train
 from demo.judge import ATTRIBUTES
 from demo.training import forcing, generator, rollout
 from demo.training import vae as vaes
@@ -20,6 +21,7 @@ from pipeline.engine import Engine
 from pipeline.noise import NoiseSource
 from pipeline.session import Session
 from utils.config import load_config
+from utils.errors import UserError
 from wan.kv_cache import KVCache
 from wan.model import CausalWan, WanConfig
 from wan.rope import RotaryEmbedding
@@ -228,3 +230,10 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
     teacher, restored = (generator.load(folder, "cpu", "refined.pt")[0].state_dict() for folder in (stages, again))
     for name, value in teacher.items():
         assert (restored[name] - value).abs().max() <= 0.005 * (first[name] - value).abs().max() + 1e-6
+
+
+def test_a_start_that_is_not_there_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path / "stages"), "--start", "nothere"])
+    with pytest.raises(UserError, match=r"--start=nothere/vae/config\.json: no such file"):
+        train.main()
+    assert not (tmp_path / "stages").exists()
