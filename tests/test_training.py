@@ -190,7 +190,7 @@ def tiny_training(monkeypatch):
         for stage, phases in generator.PHASES.items()})
     monkeypatch.setattr(generator, "FIRST_BLOCKS", 1)
     monkeypatch.setattr(forcing, "STAGES", {
-        stage: dataclasses.replace(how, blocks=5, switch_every=(2, 2) if how.switch_every else None,
+        stage: dataclasses.replace(how, blocks=5, switch_every=((2, 2), (3, 3)) if how.switch_every else (),
                                    critic_first=min(2, how.critic_first))
         for stage, how in forcing.STAGES.items()})
 
@@ -230,6 +230,12 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
     teacher, restored = (generator.load(folder, "cpu", "refined.pt")[0].state_dict() for folder in (stages, again))
     for name, value in teacher.items():
         assert (restored[name] - value).abs().max() <= 0.005 * (first[name] - value).abs().max() + 1e-6
+
+    forcing.train(again, ranks, "streaming", steps=1, device="cpu", batch=1)  # in which only the critic learns
+    before, after = (torch.load(folder / "streaming.pt", weights_only=True)["lora"] for folder in (stages, again))
+    for name, parts in before.items():
+        assert parts["B"].abs().max() > 0
+        torch.testing.assert_close(after[name], {part: value.half().float() for part, value in parts.items()})
 
 
 def test_a_start_that_is_not_there_is_told(tmp_path, monkeypatch):

@@ -8,11 +8,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from demo.random_checkpoint import transformer_config, write_json
+from demo.training import forcing
 from demo.training import generator as stage2
 from demo.training import vae as vaes
 from utils.checkpoint import pick_generator, read, read_folder, read_json
-from utils.key_names import tied_embedding
+from utils.key_names import lora_modules, tied_embedding
 
+LORA = "models/lora.pt"
 TEACHER = "models/teacher.pt"  # only training reads it
 
 
@@ -36,7 +38,7 @@ def export(folder: Path, target: Path, dtype: torch.dtype = torch.float16) -> No
         lora = torch.load(folder / "streaming.pt", map_location="cpu", weights_only=True)["lora"]
         names = {f"base_model.model.{name}.lora_{part}.weight": value
                  for name, parts in lora.items() for part, value in parts.items()}
-        torch.save({"generator_lora": half(names)}, target / "models/lora.pt")
+        torch.save({"generator_lora": half(names)}, target / LORA)
 
     kept = torch.load(folder / "vae.pt", map_location="cpu", weights_only=True)
     vae = AutoencoderKLWan(**vaes.SIZES)
@@ -64,7 +66,8 @@ def difference(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str,
 
 def restore(checkpoint: Path, folder: Path) -> None:
     """The other way: writes `vae.pt` and the generator, as the result of each of its stages, for later ones to start
-    from; for the teacher's stages the teacher, where CHECKPOINT has it. What is in FOLDER already stays."""
+    from; for the teacher's stages the teacher, and for the last one the LoRA, where CHECKPOINT has them. What is in
+    FOLDER already stays."""
     config = read_json(checkpoint / "vae/config.json")
     if not (folder / "vae.pt").exists():
         state = {name: value.float() for name, value in read_folder(checkpoint / "vae").items()}
@@ -78,3 +81,6 @@ def restore(checkpoint: Path, folder: Path) -> None:
         if not (folder / name).exists():
             weights = teacher if name in stage2.TEACHERS else generator
             torch.save({"generator": dict(weights), "text": text}, folder / name)
+    if (checkpoint / LORA).exists() and not (folder / forcing.LORA_BEFORE).exists():
+        modules = lora_modules(torch.load(checkpoint / LORA, map_location="cpu", weights_only=True)["generator_lora"])
+        torch.save({"lora": modules}, folder / forcing.LORA_BEFORE)

@@ -8,6 +8,7 @@ more in which the prompt changes and the cache is refreshed: the video streams o
 """
 
 import copy
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,15 +39,15 @@ JUMPS = 0.03  # how often, of the blocks, it jumps ahead
 class Stage:
     """How a stage trains. rate: of learning. blocks: of a video. critic: its rate, where what the student makes is to
     be distributed as what the teacher makes; 0 where the student is to follow the teacher. switch_every: least and
-    most blocks between prompts. critic_first: steps in which only the critic learns. decay: of the running mean of the
-    weights."""
+    most blocks between prompts, of videos in turn. critic_first: steps in which only the critic learns. decay: of the
+    running mean of the weights."""
 
     rate: float
     blocks: int
     critic: float = 0.0
     critic_first: int = 0
     lora: bool = False
-    switch_every: tuple[int, int] | None = None
+    switch_every: tuple[tuple[int, int], ...] = ()
     decay: float = 0.99
     betas: tuple[float, float] = (0.9, 0.98)
 
@@ -54,10 +55,11 @@ class Stage:
 STAGES = {
     "distilled": Stage(rate=3e-4, blocks=7),
     "matched": Stage(rate=1e-4, blocks=7, critic=2e-4, critic_first=100, decay=0.995, betas=(0.0, 0.99)),
-    "streaming": Stage(rate=4e-4, blocks=100, critic=1e-4, critic_first=20, lora=True, switch_every=(5, 16),
-                       decay=0.995, betas=(0.0, 0.99)),
+    "streaming": Stage(rate=4e-4, blocks=100, critic=1e-4, critic_first=100, lora=True, decay=0.995, betas=(0.0, 0.99),
+                       switch_every=((4, 14), (30, 100))),
 }
 CRITIC = "critic.pt"  # as the latest stage left it
+LORA_BEFORE = "lora_before.pt"  # where there is one, a LoRA is trained on
 
 
 class Lesson:
@@ -112,6 +114,8 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
     student = stage2.load(folder, device, start)[0]
     fast = copy.deepcopy(student).to(dtype).requires_grad_(False)
     trained = add_lora(student, RANK) if how.lora else student
+    if how.lora and (folder / LORA_BEFORE).exists():
+        load_lora(trained, folder / LORA_BEFORE, device)
     average = Average(trained, how.decay).to(device)
     weights = list(trained.parameters())
     optimiser = torch.optim.AdamW(weights, lr=how.rate, betas=how.betas, weight_decay=0.0, fused=device != "cpu")
@@ -134,6 +138,7 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
     sources = [attrgetter(name) for name, _ in fast.named_parameters()]
     rng, prompts = random.Random(seed), torch.Generator().manual_seed(seed)
     videos = lesson = scenes = next_switch = None
+    rhythms = itertools.cycle(how.switch_every)
 
     def told(scenes: Tensor) -> Tensor:
         return embed(text, words.of(scenes, rng).to(device))
@@ -150,11 +155,12 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
                     lesson = Lesson(student, loss, videos, weights + critic_weights, device)
                 else:
                     videos.restart(told(scenes))
-                next_switch = same.randint(*how.switch_every) if how.switch_every else None
+                rhythm = next(rhythms, None)
+                next_switch = same.randint(*rhythm) if rhythm else None
             elif videos.block == next_switch:
                 scenes = successors(scenes, prompts)
                 videos.switch(told(scenes))
-                next_switch += same.randint(*how.switch_every)
+                next_switch += same.randint(*rhythm)
             elif how.lora and videos.block > WINDOW and same.random() < JUMPS:
                 videos.jump(BLOCK * same.randrange(max(1, (FARTHEST - videos.ahead) // BLOCK)))
         chosen = same.randrange(len(SIGMAS))
@@ -191,14 +197,18 @@ def successors(scenes: Tensor, generator: torch.Generator) -> Tensor:
     return sample(len(scenes), 2, generator, first=scenes)[:, 1]
 
 
+def load_lora(added: nn.ModuleDict, file: Path, device: str) -> None:
+    for name, parts in torch.load(file, map_location=device, weights_only=True)["lora"].items():
+        added[name.replace(".", "/")].load_state_dict(parts)
+
+
 def load_student(folder: Path, stage: str, device: str) -> tuple[CausalWan, nn.Module, Captions]:
     """The generator that a stage made, with its LoRA where it has one; text encoder and captions."""
     if stage != "streaming":
         return stage2.load(folder, device, f"{stage}.pt")
     student, text, words = stage2.load(folder, device, stage2.latest(folder))
     added = add_lora(student, RANK)
-    for name, parts in torch.load(folder / f"{stage}.pt", map_location=device, weights_only=True)["lora"].items():
-        added[name.replace(".", "/")].load_state_dict(parts)
+    load_lora(added, folder / f"{stage}.pt", device)
     for name in added:
         parametrize.remove_parametrizations(student.get_submodule(name.replace("/", ".")), "weight")
     return student, text, words
