@@ -25,8 +25,7 @@ def random_script(clips: int, generator: torch.Generator, other_count: float = S
     scenes = scenes[torch.randperm(clips, generator=generator)]
     chance = torch.rand(clips, generator=generator)
     copies = 1 - (chance < other_count).long() + (chance > 1 - other_count).long()
-    return Script(scenes, torch.zeros(clips, 1), torch.rand(clips, STYLE, generator=generator), copies,
-                  torch.ones(clips, 1))
+    return Script(scenes, torch.zeros(clips, 1), torch.rand(clips, STYLE, generator=generator), copies)
 
 
 def labels(script: Script) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from demo import scenery, subjects
@@ -58,15 +57,13 @@ class Script:
 
     scenes: int64 [B, K, 6], each attribute's index in `CHOICES`. starts: seconds [B, K]; the first scene is there from
     the start. style: uniform random numbers [B, STYLE]. copies: how many subjects there are, int64 [B]; 1 but where
-    someone wants to learn to count. strength: how much of its motion and camera each scene shows [B, K]; 1 but where
-    someone wants to learn to go on from less.
+    someone wants to learn to count.
     """
 
     scenes: Tensor
     starts: Tensor
     style: Tensor
     copies: Tensor
-    strength: Tensor
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -83,12 +80,7 @@ class Script:
         indices = [[[CHOICES[name].index(getattr(scene, name)) for name in CATEGORIES] for scene in clip]
                    for clip in scenes]
         style = torch.rand(len(scenes), STYLE, generator=torch.Generator().manual_seed(seed))
-        return Script.plain(torch.tensor(indices), torch.tensor(starts), style)
-
-    @staticmethod
-    def plain(scenes: Tensor, starts: Tensor, style: Tensor) -> "Script":
-        """Clips of one subject, at full strength."""
-        return Script(scenes, starts, style, torch.ones(len(scenes), dtype=torch.int64), torch.ones(scenes.shape[:2]))
+        return Script(torch.tensor(indices), torch.tensor(starts), style, torch.ones(len(scenes), dtype=torch.int64))
 
 
 def scene_of(indices) -> Scene:
@@ -166,12 +158,6 @@ def weights(values: Tensor, starts: Tensor, t: Tensor, choices: int, seconds: fl
     return result
 
 
-def _over_time(strength: Tensor, starts: Tensor, t: Tensor) -> Tensor:
-    """What scenes have [B, K], at t [B, T]; it eases over as the camera does."""
-    scene = torch.arange(strength.shape[1], device=t.device).expand_as(strength)
-    return (weights(scene, starts, t, strength.shape[1], BLEND["camera"]) * strength[:, None]).sum(-1)
-
-
 def frames_of(script: Script, frames: int, manner: Manner | None = None) -> Frames:
     """What the painters need to know of each frame of clips that begin at 0 s."""
     device = script.scenes.device
@@ -181,10 +167,6 @@ def frames_of(script: Script, frames: int, manner: Manner | None = None) -> Fram
     t = torch.arange(frames, device=device) * second
     shown = {name: weights(script.scenes[..., i], script.starts, t, len(CHOICES[name]), BLEND[name])
              for i, name in enumerate(CATEGORIES)}
-    strength = _over_time(script.strength, script.starts, t)[..., None]
-    for name in ("motion", "camera"):
-        still = F.one_hot(torch.tensor(CHOICES[name].index("still"), device=device), len(CHOICES[name]))
-        shown[name] = torch.lerp(still.to(t), shown[name], strength)
     style = script.style[:, None].expand(-1, frames, -1)
     clock = t + 20 * style[..., 0]  # motions are somewhere in their period when a clip begins
 

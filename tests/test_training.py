@@ -12,7 +12,6 @@ from demo.judge import ATTRIBUTES
 from demo.training import forcing, generator, rollout
 from demo.training import vae as vaes
 from demo.training.causal import Parallel, Plan
-from demo.training.clips import random_script, switch_block
 from demo.training.export import export, restore
 from demo.training.looks import look
 from demo.training.ranks import Ranks
@@ -237,22 +236,6 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
     for name, parts in before.items():
         assert parts["B"].abs().max() > 0
         torch.testing.assert_close(after[name], {part: value.half().float() for part, value in parts.items()})
-
-
-def test_a_faded_past_is_never_what_is_learned():
-    script = random_script(200, 81, torch.Generator().manual_seed(0), faded=0.5)
-    faded = script.strength[:, 0] < 1
-    assert 30 < faded.sum() < 70 and (script.strength[:, 1] == 1).all()
-    assert torch.equal(script.scenes[faded, 0], script.scenes[faded, 1])
-    store = object.__new__(generator.Store)
-    store.latents, store.weights = torch.zeros(200, 21, 1, 1, 1), torch.zeros(200, 21, 1, 1)
-    store.switch, store.faded, store.ids = switch_block(script), faded, torch.arange(400).view(200, 2, 1, 1).repeat(
-        1, 1, generator.CAPTIONS_EACH, 1)
-    _, ids, weights = store.batch(2000, 7)
-    clip, second, told = ids[:, 0] // 2, ids[:, 0] % 2, weights[..., 0, 0].unflatten(1, (7, 3)).amax(2)
-    of_faded, before = faded[clip], torch.arange(7) < store.switch[clip][:, None]
-    assert second[of_faded].all() and (told[of_faded] == ~before[of_faded]).all()
-    assert (told[~of_faded & (store.switch[clip] == 0)] == 1).all()
 
 
 def test_a_start_that_is_not_there_is_told(tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def test_every_attribute_shows(name):
 @pytest.mark.parametrize("copies", [0, 2])
 def test_copies_are_drawn(copies):
     one = clip(SCENE)
-    other = Script(one.scenes, one.starts, one.style, torch.tensor([copies]), one.strength)
+    other = Script(one.scenes, one.starts, one.style, torch.tensor([copies]))
     assert (draw(one, 1).float() - draw(other, 1).float()).abs().mean() > 1
 
 
@@ -82,20 +82,6 @@ def test_a_switch_is_no_cut(name):
     assert 0 < shown[FPS + 3, CHOICES[name].index(after)] < 1
     for value, most in ((frames.x, 12), (frames.y, 12), (frames.travel, 4), (frames.zoom, 0.1), (frames.size, 1e-4)):
         assert value.diff().abs().max() <= most
-
-
-def test_a_scene_of_half_its_strength_moves_half_as_far_and_then_goes_on_at_full():
-    scene = changed(SCENE, motion="drift left", camera="pan")
-    script = clip(scene, scene, starts=[0.0, 5.0])  # a period of the camera
-    full = frames_of(script, 160)
-    script.strength[:, 0] = 0.5
-    half = frames_of(script, 160)
-    torch.testing.assert_close(half.travel[:81], full.travel[:81] / 2, rtol=0, atol=1e-3)
-    torch.testing.assert_close(half.travel.diff()[-60:], full.travel.diff()[-60:], rtol=0, atol=1e-3)
-    for name in ("motion", "camera"):
-        still = half.shown[name][:, CHOICES[name].index("still")]
-        assert still[:81].eq(0.5).all() and still[-60:].eq(0).all()
-    assert half.travel.diff().diff().abs().max() < 0.5  # no jump
 
 
 def test_position_stays_through_a_switch_of_appearance():

@@ -59,7 +59,8 @@ def drawn(films: Sequence[Film], frames: int, block: int, device: torch.device |
     """So many frames of the same films as the world draws them, uint8 [B, T, H, W, 3]."""
     style = torch.stack([torch.rand(STYLE, generator=torch.Generator().manual_seed(film.seed)) for film in films])
     starts = torch.tensor([film.starts(block) for film in films]) / FPS
-    script = Script.plain(torch.tensor([film.scenes for film in films]), starts, style).to(device)
+    script = Script(torch.tensor([film.scenes for film in films]), starts, style,
+                    torch.ones(len(films), dtype=torch.int64)).to(device)
     clips = [draw(script[i:i + 1], frames, 512).cpu() for i in range(len(films))]
     for parts in zip(*(clip[0].split(DRAWN_TOGETHER) for clip in clips), strict=True):
         yield torch.stack(parts).permute(0, 1, 3, 4, 2).contiguous()

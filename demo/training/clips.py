@@ -19,10 +19,9 @@ def first_frame(block: int) -> int:
 
 
 def random_script(clips: int, frames: int, generator: torch.Generator, held_out: bool | None = False,
-                  switch: float = 0.5, faded: float = 0.0) -> Script:
+                  switch: float = 0.5) -> Script:
     """Random clips. held_out: which combinations, None for all. switch: the share of clips in which the scene changes,
-    at the start of a block. faded: the share of those in which nothing changes but that up to there motion and camera
-    had less than their strength."""
+    at the start of a block."""
     kinds = [held_out] if held_out is not None else [False, True]
     scenes = torch.cat([sample(clips, 2, generator, kind) for kind in kinds])
     scenes = scenes[torch.randperm(len(scenes), generator=generator)[:clips]]
@@ -32,11 +31,7 @@ def random_script(clips: int, frames: int, generator: torch.Generator, held_out:
     seconds = torch.where(torch.rand(clips, generator=generator) < switch, seconds, NEVER)
     starts = torch.stack([torch.zeros(clips), seconds], 1)
     style = torch.rand(clips, STYLE, generator=generator)
-    script = Script.plain(scenes, starts, style)
-    fades = (seconds < NEVER) & (torch.rand(clips, generator=generator) < faded)
-    script.scenes[:, 0] = torch.where(fades[:, None], scenes[:, 1], scenes[:, 0])
-    script.strength[:, 0] = torch.where(fades, 0.95 * torch.rand(clips, generator=generator), 1.0)
-    return script
+    return Script(scenes, starts, style, torch.ones(clips, dtype=torch.int64))
 
 
 def switch_block(script: Script) -> Tensor:

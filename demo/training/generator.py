@@ -39,7 +39,6 @@ SHIFT = 5.0
 CAPTIONS_EACH = 4  # of every scene
 SUBJECT = 12.0  # how much more the loss counts where the subject is: it is a small part of the picture
 SCENERY = 4.0  # and in frames in which the scenery goes by: only where it is drawn sharply does it show that it moves
-FADED = 0.4  # share of the clips with a switch in which nothing changes but that motion and camera regain strength
 UNTOLD = 0.1  # share of the clips without a caption, for classifier-free guidance
 BLURRED, MOST_BLUR = 0.5, 0.6  # share of the clips whose past is noisy, and the most noise (σ) in it
 
@@ -83,15 +82,14 @@ def new_rope(device: str) -> RotaryEmbedding:
 
 class Store:
     """Clips as latents [N, F, 16, h, w], with the loss's weights beyond 1 [N, F, h, w], their switch's block [N] and
-    their captions' tokens [N, 2, CAPTIONS_EACH, n]. In half of the clips the scene changes, where there is room; in
-    some of these only its strength: a video whose camera hardly moves any more is led back to what its prompt says."""
+    their captions' tokens [N, 2, CAPTIONS_EACH, n]. In half of the clips the scene changes, where there is room."""
 
     def __init__(self, folder: Path, clips: int, blocks: int, words, device: str, seed: int):
         vae, mean, std = vaes.load(folder, device)
         start = time.perf_counter()
         frames, batch = 4 * BLOCK * blocks - 3, max(1, 448 // blocks)
         scripts = [random_script(min(batch, clips - i), frames, torch.Generator().manual_seed(seed + 15485863 + i),
-                                 switch=0.5 if blocks > 1 else 0.0, faded=FADED) for i in range(0, clips, batch)]
+                                 switch=0.5 if blocks > 1 else 0.0) for i in range(0, clips, batch)]
         latents, weights = [], []
         for script in scripts:
             cover, speed = subject_cover(script.to(device), frames, PIXELS), scenery_speed(script.to(device), frames)
@@ -102,7 +100,6 @@ class Store:
                 latents.append(((vaes.encode(vae, pixels)[0].float().transpose(1, 2) - mean) / std).bfloat16())
         self.latents, self.weights = torch.cat(latents), torch.cat(weights)
         self.switch = torch.cat([switch_block(script) for script in scripts]).to(device)
-        self.faded = torch.cat([script.strength[:, 0] < 1 for script in scripts]).to(device)
         rng = random.Random(seed)
         scenes = torch.cat([script.scenes for script in scripts])
         ids = torch.stack([words.of(scenes.flatten(0, 1), rng) for _ in range(CAPTIONS_EACH)], 1)
@@ -114,17 +111,17 @@ class Store:
         [B, F, h, w], which are 0 for the blocks that the caption is not about.
 
         Of a clip with a switch the caption is the first scene's or, more often, the second's; under the second the
-        blocks before the switch are the past that a re-cache shows to the new prompt. Faded ones are only ever a past.
+        blocks before the switch are the past that a re-cache shows to the new prompt.
         """
         device, latents = self.latents.device, blocks * BLOCK
         index = torch.randint(len(self.latents), (size,), device=device)
         switch = self.switch[index]
-        switches, faded = (switch > 0) & (switch < blocks), self.faded[index]
-        second = ((torch.rand(size, device=device) < 0.7) | faded) & switches
+        switches = (switch > 0) & (switch < blocks)
+        second = (torch.rand(size, device=device) < 0.7) & switches
         ids = self.ids[index, second.long(), torch.randint(CAPTIONS_EACH, (size,), device=device)]
         block = torch.arange(blocks, device=device)
         until = torch.where(switches, switch, blocks)
-        told = torch.where(second[:, None], block >= switch[:, None], (block < until[:, None]) & ~faded[:, None])
+        told = torch.where(second[:, None], block >= switch[:, None], block < until[:, None])
         weights = 1 + self.weights[index, :latents].float()
         return (self.latents[index, :latents].float(), ids,
                 weights * told.repeat_interleave(BLOCK, 1)[..., None, None])
