@@ -18,21 +18,19 @@ from wan.graphs import GraphedWan
 class Graph:
     """Computes again what was captured, from the memory that was captured and on the slots that were picked then."""
 
-    def __init__(self, graphed: GraphedWan, want_flow: bool):
-        self.graphed, self.want_flow = graphed, want_flow
+    def __init__(self, graphed: GraphedWan):
+        self.graphed = graphed
         self.block, self.filled = graphed.cache._block, len(graphed.cache.positions)
         self.text = [[tensor.data_ptr() for tensor in pair] for pair in graphed.text]
         self.held = [graphed.cache.keys[0].data_ptr(), *(tensor.data_ptr() for tensor in graphed.inputs)]
-        self.flow: Tensor | None = None
+        self.flow = torch.empty_like(graphed.inputs[0])
 
     def replay(self) -> None:
         graphed = self.graphed
         assert (graphed.cache._block, len(graphed.cache.positions)) == (self.block, self.filled)
         assert self.text == [[tensor.data_ptr() for tensor in pair] for pair in graphed.text]
         assert self.held == [graphed.cache.keys[0].data_ptr(), *(tensor.data_ptr() for tensor in graphed.inputs)]
-        flow = graphed.generator.flow(*graphed.inputs, graphed.cache, graphed.text, self.want_flow)
-        if self.flow is not None:
-            self.flow.copy_(flow)
+        self.flow.copy_(graphed.generator.flow(*graphed.inputs, graphed.cache, graphed.text))
 
 
 class Computed(GraphedWan):
@@ -40,10 +38,9 @@ class Computed(GraphedWan):
 
     fresh = 0
 
-    def _capture(self, want_flow: bool):
+    def _capture(self):
         Computed.fresh += 1
-        graph = Graph(self, want_flow)
-        graph.flow = torch.empty_like(self.inputs[0]) if want_flow else None
+        graph = Graph(self)
         return graph, graph.flow
 
 
@@ -74,9 +71,10 @@ def test_replayed_passes_make_the_same_video(tiny_folder, graphed, settings):
     prompts = "a" * 11 + "b" * 8
     session, got = latents(tiny_folder, prompts, True, **settings)
     places = (12 - session.config.model_kwargs.sink_size) // 3  # of a block in the ring
-    assert len(session._graphed.graphs) == 2 * places  # denoising and clean passes of each
-    anew = 2 if settings == {"global_sink": False} else 1
-    assert Computed.fresh == anew * 2 * places
+    while_filling = 4 - 1  # blocks before the first one in the full ring
+    again = settings == {"global_sink": False}  # the new prompt's K/V of all latents begin anew
+    assert len(session._graphed.graphs) == places + (0 if again else while_filling)
+    assert Computed.fresh == while_filling + places * (1 + again)
     _, expected = latents(tiny_folder, prompts, False, **settings)
     assert torch.equal(got, expected)
 
@@ -91,7 +89,21 @@ def test_the_benchmark_waits_until_nothing_is_captured(tiny_folder, graphed, set
     assert 0 < Computed.fresh == captured
 
 
-def test_nothing_is_captured_before_the_window_is_full_or_where_it_never_is(tiny_folder, graphed):
-    assert latents(tiny_folder, "aaa", True)[0]._graphed.graphs == {}
+def test_what_a_generator_has_run_is_captured_at_once_but_for_a_first_pass(tiny_folder, graphed, monkeypatch):
+    engine = Engine.from_config(dataclasses.replace(tiny_settings(tiny_folder, "unused"), cuda_graphs=True))
+    plain, flow = [], engine.generator.flow
+    monkeypatch.setattr(engine.generator, "flow", lambda x, *rest: plain.append(x.data_ptr()) or flow(x, *rest))
+    counts = []
+    for _ in range(2):
+        plain.clear()
+        session = engine.session(seed=0)
+        session.set_prompt("a")
+        for _ in range(7):
+            session.step_latents()
+        counts.append(sum(x != session._graphed.inputs[0].data_ptr() for x in plain))
+    assert counts == [6, 1]  # of four blocks that fill the window and two further places of the ring
+
+
+def test_nothing_is_captured_where_the_window_grows(tiny_folder, graphed):
     session, _ = latents(tiny_folder, "aaaaaaa", True, local_attn_size=-1)
     assert session._graphed is None or session._graphed.graphs == {}

@@ -88,7 +88,7 @@ class Config:
     text_encoder_dtype: str = "bfloat16"
     vae: str = "wan"  # wan, or taehv: the tiny decoder
     vae_ckpt: str | None = None  # None: the base model's own; needed for taehv
-    cuda_graphs: bool = True  # on a GPU: replay the passes of a full window as CUDA graphs
+    cuda_graphs: bool = True  # on a GPU: replay passes as CUDA graphs
     cache_merged: bool = True  # keep the merged generator beside its sources for the next start
     crf: int = 18  # H.264 quality: 0 is lossless, 51 the worst
 

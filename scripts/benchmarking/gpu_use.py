@@ -78,11 +78,10 @@ def summarise(events: list[dict], wall: float, blocks: int) -> dict[str, Any] | 
 
 def blocks_until_steady(config: Config) -> int:
     """After so many blocks of a video the next ones do nothing for the first time. Once the window is full, the ring
-    goes round three times: the first pass over a slot runs as it is, the second is captured as a CUDA graph, and a
-    graph's first replay takes longer than the others."""
+    goes round twice: passes over a slot are captured as a CUDA graph, and its first replays take longer."""
     if config.window is None:
         return 2
-    return (config.window + 3 * (config.window - config.model_kwargs.sink_size)) // config.num_frame_per_block
+    return (config.window + 2 * (config.window - config.model_kwargs.sink_size)) // config.num_frame_per_block
 
 
 def _steady_session(engine: Engine) -> Session:
