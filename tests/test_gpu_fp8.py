@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -123,7 +124,8 @@ def test_queries_keys_and_values(dtype, shares_scales, batch, frames, rows, colu
 @pytest.mark.parametrize("batch,queries,keys,heads,run", [
     (1, 4680, 4680, 12, 1560), (1, 4680, 18720, 12, 1560), (1, 1000, 18720, 12, 4680), (1, 1000, 18720, 12, 1),
     (2, 33, 70, 3, 1), (2, 33, 70, 3, 7), (1, 1, 1, 1, 1), (1, 128, 128, 2, 128), (2, 129, 257, 2, 257),
-    (1, 64, 1024, 2, 512), (2, 50, 1800, 2, 200),
+    (1, 64, 1024, 2, 512), (2, 50, 1800, 2, 200), (1, 193, 1664, 3, 208), (1, 300, 777, 2, 259),
+    (1, 4680, 9360, 12, 1560),
 ])
 def test_attention(head_dim, batch, queries, keys, heads, run):
     q, k, v = (torch.randn(batch, n, heads, head_dim, device=CUDA) for n in (queries, keys, keys))
@@ -147,26 +149,29 @@ def test_attention(head_dim, batch, queries, keys, heads, run):
     assert error < 1.2 * relative(fp8.attention_plain(rows, held, torch.float32), exact_attention(*given)) + 1e-3
 
 
-def test_sums_over_many_keys_are_not_cut_short():
+@pytest.mark.parametrize("run", [1, 18720])
+def test_sums_over_many_keys_are_not_cut_short(run):
     """Values that are all alike: Hopper's own sums of e4m3 products lose small terms, and all of them one way."""
     q, keys = torch.zeros(1, 128, 1, 128, device=CUDA), torch.zeros(1, 18720, 1, 128, device=CUDA, dtype=torch.int8)
     values, one = torch.ones(1, 1, 128, 18720, device=CUDA).to(fp8.E4M3), torch.ones(1, 1, device=CUDA)
-    held = Held(keys, values, torch.ones(1, 1, 18720, device=CUDA), one)
+    held = Held(keys, values, torch.ones(1, 1, 18720, device=CUDA), one, run)
     got = fp8.attention(fp8.quantise_plain(q), held, torch.float32)
     assert (got - 1).abs().max() < 1e-3
 
 
-def test_lengths_that_change_compile_nothing():
+@pytest.mark.parametrize("head_dim,run", [(64, 1), (128, 20_000)])
+def test_lengths_that_change_compile_nothing(head_dim, run):
+    q = torch.randn(1, 4681, 2, head_dim, device=CUDA)
+    kernel = sys.modules[fp8._attention_kernel(q, run).__module__]._attention
+
     def call(queries: int, keys: int) -> int:
         """How many kernels there are after attention of these lengths."""
-        q, one = fp8.quantise_plain(torch.randn(1, queries, 2, 64, device=CUDA)), torch.ones(1, 2, device=CUDA)
-        k, capacity = torch.zeros(1, keys, 2, 64, device=CUDA, dtype=torch.int8), -(-keys // 16) * 16
-        v, scales = torch.zeros(1, 2, 64, capacity, device=CUDA), torch.ones(1, 2, capacity, device=CUDA)
-        held = Held(k, v.to(fp8.E4M3)[..., :keys], scales[..., :keys], one)
-        fp8.attention(q, held, torch.float32)
-        return sum(len(kernels) for kernels, *_ in _attention.device_caches.values())
-
-    from wan.kernels.triton_fp8_attention import _attention  # not before: Triton needs a GPU driver
+        rows, one = fp8.quantise_plain(q[:, :queries]), torch.ones(1, 2, device=CUDA)
+        k, capacity = torch.zeros(1, keys, 2, head_dim, device=CUDA, dtype=torch.int8), -(-keys // 16) * 16
+        v, scales = torch.zeros(1, 2, head_dim, capacity, device=CUDA), torch.ones(1, 2, capacity, device=CUDA)
+        held = Held(k, v.to(fp8.E4M3)[..., :keys], scales[..., :keys], one, run)
+        fp8.attention(rows, held, torch.float32)
+        return sum(len(kernels) for kernels, *_ in kernel.device_caches.values())
 
     first = call(100, 100)
     assert [call(*sizes) for sizes in ((1, 1), (16, 16), (4680, 18720), (4681, 1), (1, 4681))] == [first] * 5

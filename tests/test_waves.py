@@ -14,21 +14,24 @@ def test_a_block_on_a_gpu_with_132_processors():
     assert waves.shares(4680, 18720, 12, tile=128, at_once=132) == (4224, 2)  # 33 tiles of 12 heads are three waves
     assert waves.shares(4680, 18720, 12, tile=64, at_once=264) == (4224, 2)
     assert waves.shares(4680, 18720, 12, tile=64, at_once=396) == (4224, 3)  # a quarter of the keys is no whole groups
+    assert waves.shares(4680, 18720, 12, tile=192, at_once=132) == (4224, 3)
+    assert waves.shares(4680, 14040, 12, tile=192, at_once=132) == (4680, 1)  # by 2 or 3: no whole groups
+    assert waves.shares(4680, 14040, 12, tile=192, at_once=132, even=False) == (4224, 3)
     assert waves.shares(4680, 512, 12, tile=128, at_once=132) == (4680, 1)  # a prompt's keys are too few
     assert waves.shares(4224, 18720, 12, tile=128, at_once=132) == (4224, 1)  # whole waves as they are
     assert waves.shares(1000, 18720, 12, tile=128, at_once=132) == (1000, 1)  # less than one
 
 
-@given(st.integers(1, 20_000), st.integers(1, 2000), st.integers(1, 40), st.sampled_from([64, 128]),
-       st.integers(1, 400))
-def test_what_is_shared_out_fits_into_one_wave(queries, keys, heads, tile, at_once):
+@given(st.integers(1, 20_000), st.integers(1, 2000), st.integers(1, 40), st.sampled_from([64, 128, 192]),
+       st.integers(1, 400), st.booleans())
+def test_what_is_shared_out_fits_into_one_wave(queries, keys, heads, tile, at_once, even):
     keys *= 16
-    whole, parts = waves.shares(queries, keys, heads, tile, at_once)
+    whole, parts = waves.shares(queries, keys, heads, tile, at_once, even)
     assert 0 < whole <= queries
     if parts == 1:
         assert whole == queries
         return
-    assert keys % (16 * parts) == 0
+    assert not even or keys % (16 * parts) == 0
     full = -(-whole * heads // tile // at_once)  # waves of the whole tiles
     assert whole % tile == 0 and (whole // tile) * heads <= full * at_once
     assert -(-(queries - whole) // tile) * heads * parts <= at_once

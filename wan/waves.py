@@ -15,15 +15,16 @@ MOST_WAVES = 8  # beyond, the last one matters little
 FEWEST_KEYS = 4096  # below, adding up takes longer than it saves
 
 
-def shares(queries: int, keys: int, heads: int, tile: int, at_once: int) -> tuple[int, int]:
+def shares(queries: int, keys: int, heads: int, tile: int, at_once: int, even: bool = True) -> tuple[int, int]:
     """How many queries fill whole waves, and to how many parts of the keys the others attend: all and 1 where that
-    would not help. tile: queries of a tile; at_once: tiles that a GPU computes at a time."""
+    would not help. tile: queries of a tile; at_once: tiles that a GPU computes at a time; even: parts are of as many
+    keys, and of whole groups of 16."""
     tiles = -(-queries // tile)
     waves = tiles * heads // at_once
     whole = waves * at_once // heads
     rest = tiles - whole
     most = at_once // (heads * rest) if rest else 1
-    parts = next((parts for parts in range(most, 1, -1) if keys % (16 * parts) == 0), 1)
+    parts = next((parts for parts in range(most, 1, -1) if not even or keys % (16 * parts) == 0), 1)
     if not 1 <= waves <= MOST_WAVES or parts == 1 or keys < FEWEST_KEYS:
         return queries, 1
     return tile * whole, parts
