@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.loading import BaseModel, load_decoder, load_generator, load_text_encoder
 from pipeline.noise import NoiseSource
-from pipeline.precision import check_precision, in_precision
+from pipeline.precision import check_precision, decoder_in_precision, in_precision
 from pipeline.session import Session
 from utils.config import Config, load_config
 from utils.device import keep_freed_memory, memory_free, pick_device, pick_dtype, same_on_any_thread_count
@@ -63,7 +63,7 @@ class Engine:
         progress("generator")
         generator = in_precision(load_generator(config, base, dtype), config.precision, device)
         progress("decoder")
-        decoder = load_decoder(config, base, dtype)
+        decoder = decoder_in_precision(load_decoder(config, base, dtype), config.precision, device)
         return cls(config, generator, decoder,
                    lambda: load_text_encoder(config, base, generator.config.text_len), device)
 

@@ -1,8 +1,9 @@
 """What FP8 costs in quality: the same video in full precision and in FP8.
 
-Prints how far the flow in FP8 is from that in full precision at each denoising step, both given the same latents, and
-the PSNR between the two videos, each made from the same noise by itself. On a CPU the plain versions, which are slow,
-stand in for what a GPU computes.
+Prints how far the flow in FP8 is from that in full precision at each denoising step, both given the same latents; the
+PSNR between the two videos, each made from the same noise by itself and decoded in full precision; and that between the
+same latents decoded in full precision and with 8 bits, infinite where the decoder stays as it is. On a CPU the plain
+versions, which are slow, stand in for what a GPU computes.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import dataclasses
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -22,12 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo.random_weights import SIZES
 from pipeline.engine import Engine
-from pipeline.precision import in_precision
+from pipeline.precision import decoder_in_precision, in_precision
 from scripts.benchmarking.random_engine import random_engine
 from utils.cli import guarded
 from utils.config import load_config
+from wan import fp8_decoder
 from wan.fp8 import to_fp8
 from wan.model import CausalWan
+from wan.tiny_decoder import TinyDecoder
+from wan.vae import WanVAE
 
 PROMPT = "a red ball bounces on the grass"
 
@@ -36,6 +41,7 @@ PROMPT = "a red ball bounces on the grass"
 class Quality:
     flow: dict[float, list[float]]  # timestep → ‖FP8 − full‖ / ‖full‖ of each block
     psnr: list[float]  # dB between the frames of each block
+    decoder: list[float]  # dB between those that the two decoders make of each block
 
 
 class SideBySide(nn.Module):
@@ -72,7 +78,7 @@ class SideBySideCache:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """In dB, of uint8 frames; infinite where they are the same."""
+    """In dB, of frames whose values are those of uint8; infinite where they are the same."""
     error = (a.double() - b.double()).square().mean().item()
     return 10 * math.log10(255**2 / error) if error else math.inf
 
@@ -94,11 +100,25 @@ def measure(engine: Engine, latents: int, prompt: str) -> Quality:
     both = SideBySide(full, fp8)
     blocks = range(-(-latents // engine.config.num_frame_per_block))
     session = session_of(both)
-    for _ in blocks:
-        session.step_latents()
+    made = [session.step_latents() for _ in blocks]
     flow = {t: torch.stack(errors).tolist() for t, errors in both.errors.items()}
     one, other = session_of(full), session_of(fp8)
-    return Quality(flow, [psnr(one.step(), other.step()) for _ in blocks])
+    videos = [psnr(one.step(), other.step()) for _ in blocks]
+    streams = [decoder.stream() for decoder in (engine.decoder, _with_8_bits(engine))]
+    return Quality(flow, videos, [psnr(*(_pixels(stream, latents) for stream in streams)) for latents in made])
+
+
+@torch.inference_mode()
+def _pixels(stream: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+    return stream(latents).float().mul(127.5).add(127.5).round()
+
+
+def _with_8_bits(engine: Engine) -> WanVAE | TinyDecoder:
+    """The engine's decoder; on a CPU with 8 bits wherever some GPU might."""
+    decoder = copy.deepcopy(engine.decoder)
+    if engine.device.type == "cpu" and isinstance(decoder, WanVAE):
+        return fp8_decoder.to_fp8(decoder, engine.device, wanted=lambda conv, device: True)
+    return decoder_in_precision(decoder, "fp8", engine.device)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     print("flow, error relative to full precision:")
     for t, errors in quality.flow.items():
         print(f"  t = {t:6.1f}: mean {mean(errors):.4f}, last block {errors[-1]:.4f}")
-    print("PSNR of each block, dB: " + " ".join(f"{value:.1f}" for value in quality.psnr), flush=True)
+    for what, values in (("PSNR of each block", quality.psnr), ("PSNR of the decoder alone", quality.decoder)):
+        print(f"{what}, dB: " + " ".join(f"{value:.1f}" for value in values), flush=True)
 
 
 if __name__ == "__main__":

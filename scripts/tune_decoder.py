@@ -2,7 +2,8 @@
 decoding of a block of three latents as a whole.
 
 The fastest way of a convolution belongs into HOPPER of wan/kernels/conv.py, the fastest tile into TILE of
-wan/kernels/triton_conv.py, the number of up-blocks into TOGETHER of wan/vae.py.
+wan/kernels/triton_conv.py, the number of up-blocks into TOGETHER of wan/vae.py. What is faster with 8 bits belongs into
+HOPPER of wan/fp8_decoder.py, its tiles into WIDE, NARROW and FEW of wan/kernels/triton_fp8_conv.py.
 """
 
 import argparse
@@ -20,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demo.random_weights import SIZES, randomise
 from scripts.benchmarking.clock import draw, error, milliseconds
 from utils.checkpoint import fill
-from wan import vae
+from wan import fp8_decoder, vae
 from wan.attention import one_head
-from wan.kernels import conv
+from wan.kernels import conv, fp8_conv, norm_silu
 from wan.sizes import from_sizes
 from wan.vae_decoder import VAEConfig, VAEDecoder
 
@@ -30,6 +31,13 @@ from wan.vae_decoder import VAEConfig, VAEDecoder
 CONVOLUTIONS = ((6, 480, 832, 96, 96), (6, 480, 832, 96, 3), (6, 240, 416, 192, 192))
 TILES = ((2, 128, 32, 8, 4), (2, 128, 32, 8, 6), (2, 128, 32, 8, 3), (1, 128, 32, 4, 4), (1, 128, 32, 4, 5),
          (2, 64, 32, 4, 4), (2, 64, 32, 4, 5), (1, 256, 32, 8, 4))
+# What a residual block's convolutions see, with 8 bits, too: of a latent, or of three at once where frames are small.
+RESIDUAL = ((6, 480, 832, 96, 96), (6, 240, 416, 192, 192), (4, 120, 208, 384, 384), (4, 120, 208, 192, 384),
+            (5, 60, 104, 384, 384), (3, 60, 104, 384, 384))
+TILES_OF_FEW = ((256, 128, 0, 128, 32, 8, 4), (256, 128, 0, 128, 32, 8, 3), (256, 128, 0, 64, 32, 8, 6),
+                (256, 128, 0, 128, 0, 8, 4), (128, 128, 0, 128, 32, 4, 3))
+TILES_OF_MANY = ((128, 128, 64, 64, 0, 4, 5), (128, 128, 64, 64, 0, 4, 4), (128, 128, 0, 128, 0, 4, 3),
+                 (256, 128, 64, 128, 0, 8, 3), (256, 128, 0, 128, 0, 8, 4))
 FULL = (96, 96, 3, 3, 3)  # the weight's shape at full resolution
 Convolve = Callable[[], Tensor]
 
@@ -107,6 +115,45 @@ def compare_convolutions(found: dict) -> None:
                                    weight.contiguous(memory_format=torch.channels_last_3d))
 
 
+def times_by_bits(frames: int, height: int, width: int, channels: int, results: int) -> dict[str, float]:
+    """Milliseconds of a residual block's convolution with 16 bits and with 8, its bias and what it is added to
+    included, and of the pass before it."""
+    from wan.kernels import triton_fp8_conv
+
+    weight = draw(results, channels, 3, 3, 3) / (27 * channels) ** 0.5
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    x, gamma, bias = draw(1, frames, height, width, channels), draw(channels), draw(results)
+    skip, steps = draw(1, frames - 2, height, width, results), fp8_conv.steps_for(gamma)
+    full, short = torch.empty_like(x), fp8_conv.room(x, frames)
+    found = {"norm": milliseconds(lambda: norm_silu(x, gamma, None, full)),
+             "norm, 8 bits": milliseconds(lambda: fp8_conv.norm_silu_e4m3(x, gamma, None, steps, short)),
+             "16 bits": milliseconds(lambda: conv.conv3d(full, weight, bias, skip), 6)}
+    for what, taken in found.items():
+        print(f"  {what:28}{taken:8.3f} ms")
+    given = (short, 0, frames, fp8_conv.filters_of(weight, steps), bias, skip)
+    call = lambda: fp8_conv.conv3d_e4m3(*given, torch.bfloat16)
+    exact, choose = fp8_conv.conv3d_e4m3_plain(*given, torch.float32), triton_fp8_conv._tile
+    for tile in TILES_OF_FEW if channels < 128 else TILES_OF_MANY:
+        triton_fp8_conv._tile = lambda *sizes, tile=tile: triton_fp8_conv.Tile(*tile)
+        try:
+            off, taken = error(call(), exact), milliseconds(call, 6)
+        except Exception as failure:  # a tile that this GPU has no room for
+            print(f"  {tile!s:34}{type(failure).__name__}: {' '.join(str(failure).split())[:60]}", flush=True)
+            continue
+        found[f"8 bits, {tile}"] = taken
+        print(f"  {tile!s:34}{taken:8.3f} ms, off by {off:.4f}", flush=True)
+    triton_fp8_conv._tile = choose
+    return found
+
+
+def compare_bits(found: dict) -> None:
+    for sizes in RESIDUAL:
+        frames, height, width, channels, results = sizes
+        name = f"8 bits, {channels} → {results} on {frames}×{height}×{width}"
+        print(name, flush=True)
+        found[name] = times_by_bits(*sizes)
+
+
 def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention with its scores in memory."""
     scores = torch.bmm(q[:, 0], k[:, 0].transpose(1, 2), out_dtype=torch.float32) * q.shape[-1] ** -0.5
@@ -130,7 +177,10 @@ def compare_decoders(found: dict) -> None:
     weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
     decoder = vae.WanVAE(fill(model, weights, "random", torch.bfloat16)).to(torch.device("cuda"))
     latents, first = draw(1, 3, 16, 60, 104), None
-    for name, way in (("cuDNN", None), ("pairs", conv.conv3d_of_pairs), ("Triton", conv.conv3d_triton)):
+    for name, way in (("cuDNN at full resolution", None), ("pairs at full resolution", conv.conv3d_of_pairs),
+                      ("Triton at full resolution", conv.conv3d_triton), ("8 bits", conv.conv3d_triton)):
+        if name == "8 bits":
+            decoder = fp8_decoder.to_fp8(decoder, torch.device("cuda"))
         for together in (0, 1, 2):
             conv.HOPPER = {} if way is None else {FULL: way}
             vae.TOGETHER = together
@@ -145,8 +195,8 @@ def compare_decoders(found: dict) -> None:
             off = error(frames, first)
             told = {"ms": taken, "peak_gib": peak, "off": off}
             found.setdefault("decoder", {})[f"{name}, {together}"] = told
-            print(f"a block, {name} at full resolution, {together} up-blocks together: {taken:.2f} ms, peak {peak:.2f} "
-                  f"GiB, {off:.4f} from the first", flush=True)
+            print(f"a block, {name}, {together} up-blocks together: {taken:.2f} ms, peak {peak:.2f} GiB, "
+                  f"{off:.4f} from the first", flush=True)
 
 
 @torch.inference_mode()
@@ -157,7 +207,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA GPU here")
     found: dict[str, dict] = {}
-    for compare in (compare_convolutions, compare_attention, compare_decoders):
+    for compare in (compare_convolutions, compare_bits, compare_attention, compare_decoders):
         try:
             compare(found)
         except Exception as failure:  # of one way; what was found of the others counts all the same

@@ -6,7 +6,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from wan.vae import WanVAE
+from wan.sizes import from_sizes
+from wan.vae import WanStream, WanVAE
+from wan.vae_decoder import VAEConfig, VAEDecoder
 
 
 def empty(sizes: dict[str, Any]) -> AutoencoderKLWan:
@@ -17,6 +19,13 @@ def empty(sizes: dict[str, Any]) -> AutoencoderKLWan:
 
 class DiffusersVAE(WanVAE):
     """Over an AutoencoderKLWan, whose decoder has the weights that `stream()` needs under the same names."""
+
+    def stream(self) -> WanStream:
+        with torch.device("meta"):
+            model = VAEDecoder(from_sizes(VAEConfig, dict(self.model.config)))
+        weights = self.model.state_dict()
+        model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
+        return WanVAE(model).to(self.parameter.device).stream()
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Video [B, T, 3, H, W] in [-1, 1], T = 4F−3 → mean of the normalised latents [B, F, 16, h, w]."""

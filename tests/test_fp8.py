@@ -327,6 +327,7 @@ def test_roll_out_of_the_small_model(demo):
     worst = max(max(errors) for errors in quality.flow.values())
     assert 0.005 < worst < 0.08, quality
     assert min(quality.psnr) > 30 and max(quality.psnr) < 60, quality
+    assert min(quality.decoder) > 42 and max(quality.decoder) < 60, quality
 
 
 @pytest.mark.parametrize("changes", [{"use_infinite_attention": True}, {"local_attn_size": -1}])
@@ -348,4 +349,6 @@ def test_switches_in_endless_and_growing_videos(demo, changes):
 def test_quality_is_printed(tiny_yaml, capsys):
     assert guarded(lambda: fp8_quality.main([str(tiny_yaml), "--latents", "6", "precision=fp8"])) == 0
     printed = capsys.readouterr().out
-    assert printed.count("t = ") == 4 and len(printed.split("PSNR of each block, dB:")[1].split()) == 2
+    lines = printed.splitlines()
+    assert printed.count("t = ") == 4 and len(lines[-2].split("PSNR of each block, dB:")[1].split()) == 2
+    assert len(lines[-1].split("PSNR of the decoder alone, dB:")[1].split()) == 2

@@ -7,17 +7,21 @@ import sys
 import pytest
 import torch
 
-from demo.random_weights import SIZES
+from demo.random_weights import SIZES, randomise
 from pipeline.precision import check_precision
 from scripts import fp8_quality
 from scripts.benchmarking import gpu_use
 from scripts.benchmarking.random_engine import random_engine
 from tests.test_fp8 import as_float, exact_attention, relative, with_outliers
+from utils.checkpoint import fill
 from utils.config import load_config
+from wan import fp8_decoder
 from wan.fp8_cache import QuantisedKVCache
-from wan.kernels import fp8, rms_rope_plain
+from wan.kernels import fp8, fp8_conv, rms_rope_plain
 from wan.kernels.fp8 import Held, Rows
 from wan.rope import RotaryEmbedding
+from wan.vae import WanVAE
+from wan.vae_decoder import VAEConfig, VAEDecoder
 
 CUDA = torch.device("cuda")
 OLD = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9)
@@ -219,3 +223,92 @@ def test_full_size_block():
     engine = random_engine(load_config(None, ["device=cuda"]), sizes)
     quality = fp8_quality.measure(engine, 3, "a")
     assert max(max(errors) for errors in quality.flow.values()) < 0.08, quality
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 2, 60, 104, 384), (2, 3, 5, 7, 96), (1, 4, 33, 17, 192), (1, 1, 9, 40, 16)])
+def test_frames_for_convolutions(shape, has_bias):
+    """Also that the zeros around them are written, and nothing beside them."""
+    x, gamma, bias = draw(*shape, dtype=torch.bfloat16), draw(shape[-1]).bfloat16(), draw(shape[-1]).bfloat16()
+    bias, steps = bias if has_bias else None, fp8_conv.steps_for(gamma)
+    whole = fp8_conv.room(x, shape[1] + 2)
+    whole.view(torch.uint8).fill_(7)
+    fp8_conv.norm_silu_e4m3(x, gamma, bias, steps, whole[:, 2:])
+    expected = fp8_conv.room(x, shape[1])
+    fp8_conv.norm_silu_e4m3_plain(x, gamma, bias, steps, expected)
+    got = whole[:, 2:].float()
+    assert (whole[:, :2].view(torch.uint8) == 7).all()
+    assert relative(got, expected.float()) < 5e-3  # those on a border between two numbers that can be had
+    fp8_conv.inner(got)[:] = 0
+    assert (got == 0).all()
+
+
+def test_frames_for_convolutions_of_what_is_no_number():
+    x = torch.randn(1, 1, 2, 3, 32, device=CUDA).bfloat16()
+    x[0, 0, 1, 1, 5] = torch.nan
+    frames = fp8_conv.room(x, 1)
+    fp8_conv.norm_silu_e4m3(x, torch.ones(32, device=CUDA).bfloat16(), None, 10.0, frames)
+    numbers = fp8_conv.inner(frames).float()[0, 0]
+    assert numbers[1, 1].isnan().all() and numbers.isnan().sum() == 32
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+on_hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper")
+
+
+def frames_and_filters(batch: int, frames: int, height: int, width: int, channels: int, results: int):
+    frames = fp8_conv.room(torch.empty(batch, 1, height, width, channels, device=CUDA), frames)
+    frames[:] = 0
+    values = 30 * draw(*fp8_conv.inner(frames).shape).tanh()
+    values[..., :3] += 9  # a border that is not zero would show
+    fp8_conv.inner(frames).copy_(fp8.to_e4m3(values))
+    return frames, fp8_conv.filters_of(draw(results, channels, 3, 3, 3), 30.0)
+
+
+@on_hopper
+@pytest.mark.parametrize("sizes", [
+    (1, 6, 60, 832, 96, 96), (1, 3, 9, 70, 96, 96), (2, 5, 7, 33, 96, 80), (1, 6, 30, 416, 192, 192),
+    (2, 4, 9, 104, 192, 384), (1, 5, 60, 104, 384, 384), (1, 4, 120, 208, 384, 384), (1, 3, 2, 3, 16, 16),
+    (2, 4, 20, 30, 48, 208),
+], ids=str)
+def test_convolution(sizes):
+    ring, filters = frames_and_filters(*sizes)
+    frames, results = sizes[1], sizes[-1]
+    bias = torch.randn(results, device=CUDA).bfloat16()
+    skip = torch.randn(sizes[0], frames - 2, *sizes[2:4], results, device=CUDA).bfloat16()
+    exact = fp8_conv.conv3d_e4m3_plain(ring, 0, frames, filters, None, None, torch.float32)
+    for own, other in ((None, None), (bias, None), (bias, skip)):
+        expected = exact + (0 if own is None else own) + (0 if other is None else other)
+        got = fp8_conv.conv3d_e4m3(ring, 0, frames, filters, own, other, torch.bfloat16)
+        # Hopper's sums of such products are coarser than float32, if far less so than the products' own rounding.
+        assert got.dtype == torch.bfloat16 and relative(got, expected) < 1e-2
+        turned = ring.view(torch.uint8).roll(2, 1).view(ring.dtype)
+        assert torch.equal(fp8_conv.conv3d_e4m3(turned, 2 % frames, frames, filters, own, other, torch.bfloat16), got)
+    if frames > 3:
+        fewer = fp8_conv.conv3d_e4m3(ring, 1, frames - 1, filters, None, None, torch.bfloat16)
+        assert relative(fewer, exact[:, 1:]) < 1e-2
+
+
+def decode(vae: WanVAE, latents: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    stream = vae.stream()
+    return torch.cat([stream(block) for block in latents.split(sizes, dim=1)], 1)
+
+
+@on_hopper
+@pytest.mark.parametrize("batch", [1, 2])
+def test_decoder_is_as_near_to_float32_as_the_plain_one(batch, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.device("meta"):
+        model = VAEDecoder(VAEConfig())
+    weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
+    new = lambda dtype: WanVAE(fill(copy.deepcopy(model), weights, "random", dtype)).to(CUDA)
+    latents = torch.randn(batch, 7, 16, 10, 14, device=CUDA)
+    exact = decode(new(torch.float32), latents, [3, 4])
+    fast = fp8_decoder.to_fp8(new(torch.bfloat16), CUDA)
+    assert sum(isinstance(module, fp8_decoder.Fp8CausalConv3d) for module in fast.model.modules()) == 28
+    got = decode(fast, latents, [3, 3, 1])
+    assert torch.equal(got, decode(fast, latents, [3, 3, 1]))
+    for name in ("norm_silu_e4m3", "conv3d_e4m3"):
+        monkeypatch.setattr(fp8_decoder, name, getattr(fp8_conv, name + "_plain"))
+    plain = decode(fast, latents, [3, 4])
+    assert relative(got, exact) < 1.1 * relative(plain, exact) < 0.2

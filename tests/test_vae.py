@@ -100,7 +100,7 @@ def test_a_ring_of_frames_holds_what_copies_hold(load, latents, monkeypatch):
     try:
         videos = torch.cat([latents, latents.flip(1)]).double()
         copied = torch.cat(blocks_of(vae, videos, [2, 3, 1]), 1)
-        monkeypatch.setattr("wan.vae.reads_rings", lambda x, weight: True)
+        monkeypatch.setattr("wan.causal_conv.reads_rings", lambda x, weight: True)
         assert torch.equal(torch.cat(blocks_of(vae, videos, [2, 3, 1]), 1), copied)
     finally:
         vae.model.float()

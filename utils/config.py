@@ -83,7 +83,7 @@ class Config:
     fps: int = 16
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # of generator and VAE. auto: bfloat16 on a GPU, float32 on a CPU
-    precision: str = "full"  # of the generator's blocks and K/V cache. full: dtype; fp8: 8 bits, where the GPU has it
+    precision: str = "full"  # of generator, K/V cache and VAE. full: dtype; fp8: 8 bits, where the GPU has it
     text_encoder_device: str = "auto"  # auto: the GPU if the text encoder fits there, else the CPU
     text_encoder_dtype: str = "bfloat16"
     vae: str = "wan"  # wan, or taehv: the tiny decoder

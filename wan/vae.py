@@ -1,14 +1,16 @@
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from wan.attention import one_head
+from wan.causal_conv import CausalConv3d
 from wan.frame_ring import HISTORY, FrameRing
-from wan.geometry import FRAMES
-from wan.kernels import EPS, conv2d_of_twice, norm_silu
-from wan.kernels.conv import conv3d, conv3d_of_ring, reads_rings
-from wan.vae_decoder import VAEDecoder
+from wan.kernels import EPS, conv2d_of_twice
+from wan.kernels.conv import conv3d
+from wan.vae_decoder import Decoder, VAEDecoder
 
 TOGETHER = 1  # up-blocks that take all latents of a call at once; one latent fills a GPU, and the memory, after those
 
@@ -51,17 +53,16 @@ class WanStream:
     channels-last, [B, T, H, W, C], which convolutions read fastest and where a norm over channels is one over
     neighbours in memory; norm, SiLU and bias are one pass over them.
 
-    A convolution's last inputs are copied from block to block, but those of the largest frames, in the last up-block,
-    are kept in a ring where its convolutions can be read from one.
+    A convolution's last inputs are copied from block to block, but those of the larger frames, in the last up-blocks,
+    are kept in rings where convolutions can be read from one.
     """
 
     def __init__(self, vae: WanVAE):
         self.to_decoder, self.decoder = vae.model.post_quant_conv, vae.model.decoder
         self.mean, self.std = vae._statistics()
-        self.history: dict[nn.Module, Tensor] = {}  # of each causal convolution, its last inputs [B, 2, H, W, C]
-        convolutions = [conv for block in self.decoder.up_blocks[-1].resnets for conv in (block.conv1, block.conv2)]
-        self.in_turn = [conv for conv in convolutions if conv.weight.shape == convolutions[-1].weight.shape]
-        self.ring: FrameRing | None = None  # of the convolutions `in_turn`
+        self.history: dict[nn.Module, Tensor] = {}  # of each causal convolution, its last inputs [B, 2, …]
+        self.rings: dict[Turns, FrameRing] = {}
+        self.in_turn = _in_turn(self.decoder)
         self.started = False
         self.patch = vae.model.config.patch_size or 1  # each position of the last map is patch × patch pixels
 
@@ -101,32 +102,30 @@ class WanStream:
             x = self._upsample(upsampler, x)
         return x
 
-    def _causal(self, conv: nn.Conv3d, x: Tensor, norm: nn.Module | None = None, bias_before: Tensor | None = None,
+    def _causal(self, conv: CausalConv3d, x: Tensor, norm: nn.Module | None = None, bias_before: Tensor | None = None,
                 add_own_bias: bool = True, skip: Tensor | None = None) -> Tensor:
         """Convolves x, of which first SiLU(norm(x + bias_before)) where a norm is given, with what came before it;
         skip is added to the result."""
         bias = conv.bias if add_own_bias else None
-        if conv in self.in_turn and reads_rings(x, conv.weight):
-            start = self._into_ring(x, norm.gamma.flatten(), bias_before)
-            return conv3d_of_ring(self.ring.frames, start, HISTORY + x.shape[1], conv.weight, bias, skip)
-        batch, frames, *rest = x.shape
-        whole = x.new_empty(batch, HISTORY + frames, *rest)
+        if conv in self.in_turn and conv.reads_rings(x):
+            ring, start = self._into_ring(conv, x, norm, bias_before)
+            return conv.of_ring(ring, start, HISTORY + x.shape[1], bias, skip)
+        whole = conv.room(x, HISTORY + x.shape[1])
         whole[:, :HISTORY] = self.history.get(conv, 0)
-        if norm is None:
-            whole[:, HISTORY:] = x
-        else:
-            norm_silu(x, norm.gamma.flatten(), bias_before, out=whole[:, HISTORY:])
+        conv.write(x, norm, bias_before, out=whole[:, HISTORY:])
         self.history[conv] = whole[:, -HISTORY:].clone()
-        return conv3d(whole, conv.weight, bias, skip)
+        return conv(whole, bias, skip)
 
-    def _into_ring(self, x: Tensor, gamma: Tensor, bias: Tensor | None) -> int:
-        """Writes SiLU(norm(x + bias)) after the history whose turn it is. Returns the first frame that it begins at."""
-        if self.ring is None:
-            self.ring = FrameRing(len(self.in_turn), FRAMES, x)
-        start, places = self.ring.turn(x.shape[1])
+    def _into_ring(self, conv: CausalConv3d, x: Tensor, norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, int]:
+        """Writes SiLU(norm(x + bias)) after the history whose turn it is. Returns the ring's frames, and the first that
+        this history begins at."""
+        turns = self.in_turn[conv]
+        if turns not in self.rings:
+            self.rings[turns] = FrameRing(turns.convolutions, turns.frames, conv.room(x, 0))
+        start, places = self.rings[turns].turn(x.shape[1])
         for some, place in places:
-            norm_silu(x[:, some], gamma, bias, out=place)
-        return start
+            conv.write(x[:, some], norm, bias, out=place)
+        return self.rings[turns].frames, start
 
     def _residual(self, block: nn.Module, x: Tensor) -> Tensor:
         """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))); the first convolution's bias is added by the pass after it."""
@@ -149,6 +148,26 @@ class WanStream:
             x = pairs.unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
         batch, conv = len(x), block.resample[1]
         return conv2d_of_twice(x.flatten(0, 1), conv.weight, conv.bias).unflatten(0, (batch, -1))
+
+
+class Turns(NamedTuple):
+    """Convolutions that run one after the other, on as many channels as they make."""
+
+    block: int  # which up-block they are in
+    convolutions: int
+    frames: int  # of a latent
+
+
+def _in_turn(decoder: Decoder) -> dict[nn.Module, Turns]:
+    """Of the up-blocks that take a latent at a time."""
+    found, frames = {}, 1
+    for index, block in enumerate(decoder.up_blocks):
+        convolutions = [conv for resnet in block.resnets for conv in (resnet.conv1, resnet.conv2)
+                        if conv.in_channels == conv.out_channels]
+        if index >= TOGETHER:
+            found |= dict.fromkeys(convolutions, Turns(index, len(convolutions), frames))
+        frames *= 2 ** sum(upsampler.mode == "upsample3d" for upsampler in block.upsamplers or [])
+    return found
 
 
 def _pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

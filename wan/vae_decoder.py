@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from wan.causal_conv import CausalConv3d
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -45,14 +47,14 @@ class Decoder(nn.Module):
         widths = [base * factor for factor in reversed(config.dim_mult)]
         inputs = [widths[0], *(width // 2 for width in widths[:-1])]  # an upsampler halves the channels
         in_time = [*reversed(config.temperal_downsample)]
-        self.conv_in = nn.Conv3d(config.z_dim, widths[0], 3)
+        self.conv_in = CausalConv3d(config.z_dim, widths[0], 3)
         self.mid_block = Middle(widths[0])
         self.up_blocks = nn.ModuleList()
         for i, (before, width) in enumerate(zip(inputs, widths, strict=True)):
             upsampler = None if i == len(widths) - 1 else Upsampler(width, in_time[i])
             self.up_blocks.append(Up(before, width, config.num_res_blocks + 1, upsampler))
         self.norm_out = Norm(widths[-1], 3)
-        self.conv_out = nn.Conv3d(widths[-1], config.out_channels, 3)
+        self.conv_out = CausalConv3d(widths[-1], config.out_channels, 3)
 
 
 class Norm(nn.Module):
@@ -64,8 +66,8 @@ class Norm(nn.Module):
 class Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.norm1, self.conv1 = Norm(inputs, 3), nn.Conv3d(inputs, outputs, 3)
-        self.norm2, self.conv2 = Norm(outputs, 3), nn.Conv3d(outputs, outputs, 3)
+        self.norm1, self.conv1 = Norm(inputs, 3), CausalConv3d(inputs, outputs, 3)
+        self.norm2, self.conv2 = Norm(outputs, 3), CausalConv3d(outputs, outputs, 3)
         self.conv_shortcut = nn.Conv3d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
 
@@ -91,7 +93,7 @@ class Upsampler(nn.Module):
         self.mode = "upsample3d" if in_time else "upsample2d"
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels // 2, 3))
         if in_time:
-            self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1))
+            self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1))
 
 
 class Up(nn.Module):

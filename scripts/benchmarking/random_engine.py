@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from demo.random_weights import SIZES, Sizes, draw
 from pipeline.engine import Engine
-from pipeline.precision import check_precision, in_precision
+from pipeline.precision import check_precision, decoder_in_precision, in_precision
 from utils.checkpoint import fill
 from utils.config import Config
 from utils.device import keep_freed_memory, pick_device, pick_dtype, same_on_any_thread_count
@@ -78,7 +78,8 @@ def random_engine(config: Config, sizes: Sizes | str) -> Engine:
     random = torch.Generator(device).manual_seed(0)
     generator, decoder = (_drawn(model, dtype, random) for model in _empty(config, sizes))
     generator = in_precision(generator, config.precision, device)
-    return WeightlessEngine(config, generator, _as_decoder(decoder), device)
+    decoder = decoder_in_precision(_as_decoder(decoder), config.precision, device)
+    return WeightlessEngine(config, generator, decoder, device)
 
 
 def meta_engine(config: Config, sizes: Sizes | str) -> Engine:
@@ -96,5 +97,5 @@ def with_config(engine: Engine, config: Config, sizes: Sizes | str) -> Engine:
     if config.vae != engine.config.vae:
         random = torch.Generator(engine.device).manual_seed(0)
         decoder = _drawn(_empty(config, sizes)[1], pick_dtype(config.dtype, engine.device), random)
-        other.decoder = _as_decoder(decoder)
+        other.decoder = decoder_in_precision(_as_decoder(decoder), engine.config.precision, engine.device)
     return other

@@ -1,0 +1,90 @@
+"""The decoder of Wan's VAE with 8 bits, where that is faster: in the convolutions of its residual blocks, which are
+most of its arithmetic. What goes into them is SiLU(norm(x)), of a size that is known. That goes into the very last
+convolution, too, but there it would cost the most in quality, and no other sees a norm."""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from wan.causal_conv import CausalConv3d
+from wan.kernels.fp8_conv import Filters, conv3d_e4m3, filters_of, norm_silu_e4m3, room, steps_for
+from wan.vae import WanVAE
+from wan.vae_decoder import Norm, Residual
+
+log = logging.getLogger(__name__)
+
+# Channels, and those of the result, of the convolutions that are faster so on Hopper. Measured by
+# scripts/tune_decoder.py.
+HOPPER = {(96, 96), (192, 192), (192, 384), (384, 384)}
+
+
+class Fp8CausalConv3d(nn.Module):
+    """A CausalConv3d of 3×3×3 after a norm, with the same verbs. Its frames are those of `wan.kernels.fp8_conv`."""
+
+    def __init__(self, full: CausalConv3d, norm: Norm):
+        super().__init__()
+        self.in_channels, self.out_channels, self.bias = full.in_channels, full.out_channels, full.bias
+        self.steps = steps_for(norm.gamma)
+        filters = filters_of(full.weight.detach(), self.steps)
+        self.register_buffer("values", filters.values)
+        self.register_buffer("scale", filters.scale)
+
+    def room(self, x: Tensor, frames: int) -> Tensor:
+        return room(x, frames)
+
+    def write(self, x: Tensor, norm: Norm, bias: Tensor | None, out: Tensor) -> None:
+        norm_silu_e4m3(x, norm.gamma.flatten(), bias, self.steps, out)
+
+    def reads_rings(self, x: Tensor) -> bool:
+        return True
+
+    def forward(self, frames: Tensor, bias: Tensor | None, skip: Tensor | None = None) -> Tensor:
+        return self.of_ring(frames, 0, frames.shape[1], bias, skip)
+
+    def of_ring(self, ring: Tensor, start: int, frames: int, bias: Tensor | None, skip: Tensor | None) -> Tensor:
+        return conv3d_e4m3(ring, start, frames, Filters(self.values, self.scale), bias, skip, self.bias.dtype)
+
+
+def is_faster(conv: CausalConv3d, device: torch.device) -> bool:
+    """Whether `conv` is to be done with 8 bits on this device."""
+    return (conv.in_channels, conv.out_channels) in HOPPER and _is_able(device)
+
+
+@cache
+def _is_able(device: torch.device) -> bool:
+    """Whether it is a GPU of Hopper's kind, and Triton has what the kernels need."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        convolve_once(device)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # neither Triton nor the driver has one type for what it can't do
+        log.warning("The decoder stays in full precision: %s", " ".join(str(error).split())[:160])
+        return False
+    return True
+
+
+@torch.inference_mode()
+def convolve_once(device: torch.device) -> Tensor:
+    """A small convolution, of channels that Wan's decoder has."""
+    x, norm = torch.ones(1, 3, 2, 2, 96, dtype=torch.bfloat16, device=device), Norm(96, 3).to(device, torch.bfloat16)
+    conv = Fp8CausalConv3d(CausalConv3d(96, 96, 3, dtype=torch.bfloat16, device=device), norm)
+    frames = conv.room(x, 3)
+    conv.write(x, norm, None, frames)
+    return conv(frames, None)
+
+
+def to_fp8(vae: WanVAE, device: torch.device,
+           wanted: Callable[[CausalConv3d, torch.device], bool] = is_faster) -> WanVAE:
+    """`vae` itself, with 8 bits in the convolutions that are `wanted`; those are then on `device`. On a CPU they are
+    computed by the plain versions, which are slow: a reference for what a GPU computes."""
+    for block in vae.model.modules():
+        if isinstance(block, Residual):
+            for conv, norm in (("conv1", block.norm1), ("conv2", block.norm2)):
+                full = getattr(block, conv)
+                if wanted(full, device):
+                    setattr(block, conv, Fp8CausalConv3d(full.to(device), norm.to(device)))
+    return vae
