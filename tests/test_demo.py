@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from demo.judge import SHORTEST, Judge
+from demo.judge import SHORTEST, WINDOW, Judge
 from demo.world import CHOICES
 from pipeline.engine import Engine
 from pipeline.session import Session
@@ -47,12 +47,18 @@ def test_video_shows_its_prompt(engine, prompt, expected):
 @pytest.mark.parametrize("prompt,motion,camera", [
     ("A red ball bounces on a meadow at noon.", "bounce", "still"),
     ("A yellow star spins in the desert at noon. The camera pans from side to side.", "spin", "pan"),
+    ("A white car glides left in the snow at sunset. A slow zoom.", "drift left", "zoom"),
 ])
 def test_subject_and_camera_move_as_the_prompt_says(engine, prompt, motion, camera):
-    session = engine.session(seed=4)
-    session.set_prompt(prompt)
-    seen = Judge.load()(blocks(session, 6)[None])
-    assert (CHOICES["motion"][int(seen["motion"])], CHOICES["camera"][int(seen["camera"])]) == (motion, camera)
+    """In three videos of four at least: one in thirty has not the camera that it should."""
+    videos = []
+    for seed in range(4):
+        session = engine.session(seed=seed)
+        session.set_prompt(prompt)
+        videos.append(blocks(session, 9)[-WINDOW:])
+    seen = Judge.load()(torch.stack(videos))
+    right = (seen["motion"] == CHOICES["motion"].index(motion)) & (seen["camera"] == CHOICES["camera"].index(camera))
+    assert right.sum() >= 3
 
 
 def test_video_follows_a_new_prompt_and_only_it(engine):

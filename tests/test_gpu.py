@@ -347,7 +347,7 @@ def test_captured_passes_give_the_same_video(overrides):
         made = [session.step_latents().clone() for _ in range(12)]
         session.set_prompt("b")
         made += [session.step_latents().clone() for _ in range(9)]
-        assert (session._graphed is not None and len(session._graphed.graphs) > 3) == graphs
+        assert (session._graphed is not None and len(session._graphed.graphs) >= 3) == graphs
         return torch.cat(made, 1)
 
     assert torch.equal(video(graphs=True), video(graphs=False))
