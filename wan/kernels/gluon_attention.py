@@ -131,10 +131,7 @@ def _times(x, by_row):
 def _weigh(scores, top, total, factor, KEYS: gl.constexpr, RARE: gl.constexpr):
     """Weights of scores, what older sums are to be multiplied by, the maxima and the sums with these."""
     most = _max(scores, KEYS) * factor
-    if RARE:
-        new_top = gl.where(most > top + SLACK, most, top)
-    else:
-        new_top = gl.maximum(top, most)
+    new_top = gl.where(most > top + SLACK, most, top) if RARE else gl.maximum(top, most)
     weights = gl.exp2(scores * factor - new_top[:, None])
     fading = gl.exp2(top - new_top)
     total = _times(total, fading) + _sum_by_threads(weights, KEYS)
@@ -165,12 +162,8 @@ def _packed(weights, KEYS: gl.constexpr, DTYPE: gl.constexpr):
     """As pairs, int32 [ROWS, KEYS / 2]: two numbers of 16 bits would be put together anew where the compiler begins
     another block of instructions."""
     even, odd = gl.split(weights.reshape([ROWS, KEYS // 2, 2]))
-    if DTYPE == gl.bfloat16:
-        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32,
-                                         is_pure=True, pack=1)
-    else:
-        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32,
-                                         is_pure=True, pack=1)
+    BOTH: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if DTYPE.name == "bf16" else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(BOTH, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -355,7 +348,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, way: Way = WAY) -> Tensor
     first, parts = waves.shares(queries, count, heads, tile, processors, even=False)
     whole, parts = triton.cdiv(first, tile), min(parts, key_tiles)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    some, sums = out, out  # where nothing is shared out they are not written
+    some = sums = torch.empty(0, dtype=torch.float32, device=q.device)  # not written where nothing is shared out
     if parts > 1:
         some = torch.empty(parts, queries - first, heads, head_dim, dtype=torch.float32, device=q.device)
         sums = torch.empty(*some.shape[:-1], 1, dtype=torch.float32, device=q.device)
