@@ -50,6 +50,7 @@ class Way(NamedTuple):
     ahead: bool = False
     turns: int = 0
     rare: bool = False  # sums are only scaled where a maximum rose by much
+    late: bool = False  # keys are given back together with values
 
     @property
     def registers(self) -> int:
@@ -177,7 +178,8 @@ def _operand(packed, OUT: gl.constexpr, KEYS: gl.constexpr, DTYPE: gl.constexpr)
 def _attend(WHICH: gl.constexpr, q_at, keys_at, values_at, keys_full, keys_free, values_full, values_free, turn,
             queries_of, out, some, log_sums, queries, tiles, whole, parts, filled, query_stride, head_stride, factor,
             H: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-            AHEAD: gl.constexpr, TURNS: gl.constexpr, RARE: gl.constexpr):
+            AHEAD: gl.constexpr, TURNS: gl.constexpr, RARE: gl.constexpr,
+            LATE: gl.constexpr):
     TILE: gl.constexpr = ROWS * GROUPS
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])  # of queries and keys
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -221,13 +223,16 @@ def _attend(WHICH: gl.constexpr, q_at, keys_at, values_at, keys_full, keys_free,
                 if TURNS:
                     mbarrier.arrive(turn.index((WHICH + 1) % GROUPS))
                 sums = warpgroup_mma_wait(1, deps=[sums])
-                mbarrier.arrive(keys_free.index(stage))
+                if not LATE:
+                    mbarrier.arrive(keys_free.index(stage))
                 weights, fading, top, total = _weigh(sums, top, total, factor, KEYS, RARE)
                 total = _settled(total)
                 rose = _rose(fading, RARE)
                 acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
                 packed = _packed(weights, KEYS, DTYPE)
                 mbarrier.arrive(values_free.index(before))
+                if LATE:
+                    mbarrier.arrive(keys_free.index(stage))
                 acc = _faded(acc, fading, rose, RARE)
                 i += 1
             stage = i % STAGES
@@ -295,7 +300,7 @@ def _attend(WHICH: gl.constexpr, q_at, keys_at, values_at, keys_full, keys_free,
 def _attention(queries_of, keys, values, out, some, log_sums, queries, tiles, whole, parts, filled, query_stride,
                head_stride, factor, H: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
                STAGES: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, RARE: gl.constexpr,
-               REGISTERS: gl.constexpr):
+               LATE: gl.constexpr, REGISTERS: gl.constexpr):
     keys_at = gl.allocate_shared_memory(keys.dtype, [STAGES, KEYS, 1, D], keys.layout)
     values_at = gl.allocate_shared_memory(values.dtype, [STAGES, KEYS, 1, D], values.layout)
     q_at = gl.allocate_shared_memory(keys.dtype, [GROUPS, ROWS, D],
@@ -317,10 +322,10 @@ def _attention(queries_of, keys, values, out, some, log_sums, queries, tiles, wh
         gl.warp_specialize([
             (_attend, (0, q_at, keys_at, values_at, keys_full, keys_free, values_full, values_free, turn, queries_of,
                        out, some, log_sums, queries, tiles, whole, parts, filled, query_stride, head_stride, factor, H,
-                       D, GROUPS, KEYS, STAGES, AHEAD, TURNS, RARE)),
+                       D, GROUPS, KEYS, STAGES, AHEAD, TURNS, RARE, LATE)),
             (_attend, (1, q_at, keys_at, values_at, keys_full, keys_free, values_full, values_free, turn, queries_of,
                        out, some, log_sums, queries, tiles, whole, parts, filled, query_stride, head_stride, factor, H,
-                       D, GROUPS, KEYS, STAGES, AHEAD, TURNS, RARE)),
+                       D, GROUPS, KEYS, STAGES, AHEAD, TURNS, RARE, LATE)),
             (_load, (keys, values, keys_at, values_at, keys_full, keys_free, values_full, values_free, tiles, whole,
                      parts, filled, H, D, KEYS, STAGES)),
         ], [4, 1], [REGISTERS, OF_LOADER])
@@ -328,13 +333,13 @@ def _attention(queries_of, keys, values, out, some, log_sums, queries, tiles, wh
         gl.warp_specialize([
             (_attend, (0, q_at, keys_at, values_at, keys_full, keys_free, values_full, values_free, turn, queries_of,
                        out, some, log_sums, queries, tiles, whole, parts, filled, query_stride, head_stride, factor, H,
-                       D, GROUPS, KEYS, STAGES, AHEAD, TURNS, RARE)),
+                       D, GROUPS, KEYS, STAGES, AHEAD, TURNS, RARE, LATE)),
             (_attend, (1, q_at, keys_at, values_at, keys_full, keys_free, values_full, values_free, turn, queries_of,
                        out, some, log_sums, queries, tiles, whole, parts, filled, query_stride, head_stride, factor, H,
-                       D, GROUPS, KEYS, STAGES, AHEAD, TURNS, RARE)),
+                       D, GROUPS, KEYS, STAGES, AHEAD, TURNS, RARE, LATE)),
             (_attend, (2, q_at, keys_at, values_at, keys_full, keys_free, values_full, values_free, turn, queries_of,
                        out, some, log_sums, queries, tiles, whole, parts, filled, query_stride, head_stride, factor, H,
-                       D, GROUPS, KEYS, STAGES, AHEAD, TURNS, RARE)),
+                       D, GROUPS, KEYS, STAGES, AHEAD, TURNS, RARE, LATE)),
             (_load, (keys, values, keys_at, values_at, keys_full, keys_free, values_full, values_free, tiles, whole,
                      parts, filled, H, D, KEYS, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, OF_LOADER])
@@ -355,7 +360,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, way: Way = WAY) -> Tensor
     _attention[(min(processors, (whole + (tiles - whole) * parts) * heads),)](
         q, _tiles(keys, way.keys), _tiles(values, way.keys), out, some, sums, queries, tiles, whole, parts, count,
         q.stride(1), q.stride(2), math.log2(math.e) * head_dim**-0.5, H=heads, D=head_dim, GROUPS=way.groups,
-        KEYS=way.keys, STAGES=way.stages, AHEAD=way.ahead, TURNS=way.turns, RARE=way.rare, REGISTERS=way.registers,
+        KEYS=way.keys, STAGES=way.stages, AHEAD=way.ahead, TURNS=way.turns, RARE=way.rare, LATE=way.late, REGISTERS=way.registers,
         num_warps=4)
     if parts > 1:
         waves.add_up(some, sums, out[:, first:], base=2)
