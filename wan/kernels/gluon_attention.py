@@ -360,8 +360,8 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, way: Way = WAY) -> Tensor
     _attention[(min(processors, (whole + (tiles - whole) * parts) * heads),)](
         q, _tiles(keys, way.keys), _tiles(values, way.keys), out, some, sums, queries, tiles, whole, parts, count,
         q.stride(1), q.stride(2), math.log2(math.e) * head_dim**-0.5, H=heads, D=head_dim, GROUPS=way.groups,
-        KEYS=way.keys, STAGES=way.stages, AHEAD=way.ahead, TURNS=way.turns, RARE=way.rare, LATE=way.late, REGISTERS=way.registers,
-        num_warps=4)
+        KEYS=way.keys, STAGES=way.stages, AHEAD=way.ahead, TURNS=way.turns, RARE=way.rare, LATE=way.late,
+        REGISTERS=way.registers, num_warps=4)
     if parts > 1:
         waves.add_up(some, sums, out[:, first:], base=2)
     return out
