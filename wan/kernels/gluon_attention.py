@@ -11,6 +11,8 @@ ways to order a group's work can be chosen:
 Groups that begin together also end together and leave the tensor cores idle in between; with TURNS they ask for
 products one after another.
 
+Which of them is fastest is for scripts to find; `WAY` is taken.
+
 A program attends with one tile of queries of a head after another. Those that do not fill the processors evenly are
 shared out to parts of the keys, which `wan.waves` adds up. Keys come from the last to the first: only the first tile
 that is read may have room for more of them than there are.
@@ -48,7 +50,7 @@ class Way(NamedTuple):
     keys: int  # of a tile
     stages: int  # tiles of keys, and of values, in shared memory
     ahead: bool = False
-    turns: int = 0
+    turns: int = 0  # one after another ask for 1: scores, and with AHEAD values; 2: either; 3: values and next scores
     rare: bool = False  # sums are only scaled where a maximum rose by much
     late: bool = False  # keys are given back together with values
 
@@ -58,7 +60,7 @@ class Way(NamedTuple):
         return {2: 240, 3: 160}[self.groups]
 
 
-WAY = Way(groups=3, keys=128, stages=2)
+WAY = Way(groups=3, keys=64, stages=4, ahead=True)
 
 
 @gluon.jit
