@@ -88,7 +88,7 @@ class Engine:
 
     @property
     def attention(self) -> str:
-        """Which of PyTorch's back ends attention in the generator's dtype takes on this device."""
+        """By what attention in the generator's dtype is computed on this device: a back end of PyTorch's or our own."""
         return chosen(self.device, self.generator.patch_embedding.weight.dtype, self.generator.config.head_dim)
 
     def encode(self, prompt: str) -> Tensor:

@@ -16,7 +16,7 @@ from tests.parity import run
 from utils.checkpoint import fill
 from utils.config import load_config
 from wan import kernels, waves
-from wan.attention import BACKENDS, attention, chosen, fastest, one_head
+from wan.attention import BACKENDS, attention, chosen, fastest, in_one_go, one_head
 from wan.kernels.conv import (
     conv3d,
     conv3d_of_pairs,
@@ -236,6 +236,48 @@ def test_attention(queries, keys):
     assert relative(got, torch.einsum("bhqk,bkhd->bqhd", weights, v)) < 1e-2
 
 
+@pytest.fixture
+def of_hopper():
+    """Its own kernel of attention."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("only Hopper has a kernel of its own")
+    from wan.kernels import gluon_attention
+
+    return gluon_attention.attention
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("queries", "keys", "heads"), [
+    (1, 1, 1), (193, 64, 3), (193, 777, 3), (4680, 64, 12), (1, 18720, 12), (4680, 4680, 3), (4680, 18720, 12),
+])
+@pytest.mark.parametrize("sharpness", [1, 4])
+def test_attention_of_hopper(of_hopper, dtype, queries, keys, heads, sharpness):
+    """Keys are of a longer cache, after which there are no numbers; values are some channels of a wider tensor."""
+    q = sharpness * draw(1, queries, heads, 128, dtype=dtype)
+    cache = draw(1, keys + 100, heads, 128, dtype=dtype)
+    cache[:, keys:] = float("nan")
+    k, v = cache[:, :keys], draw(1, keys, heads, 3 * 128, dtype=dtype)[..., 128:256]
+    some = torch.arange(max(1, queries // 256 - 1), queries + 1, max(1, queries // 256), device="cuda") - 1
+    weights = torch.einsum("bqhd,bkhd->bhqk", q[:, some].double(), k.double()).div(128**0.5).softmax(-1)
+    exact = torch.einsum("bhqk,bkhd->bqhd", weights, v.double())
+    got = of_hopper(q, k, v)
+    assert got.isfinite().all()
+    with fastest(q.device):
+        assert relative(got[:, some], exact) <= 1.1 * relative(in_one_go(q, k, v)[:, some], exact) + 1e-6
+
+
+def test_attention_of_hopper_in_a_graph(of_hopper):
+    q, k, v = (draw(1, count, 12, 128, dtype=torch.bfloat16) for count in (4680, 9360, 9360))
+    expected = of_hopper(q, k, v).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = of_hopper(q, k, v)
+    for _ in range(3):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("samples,queries,keys", [(3, 6240, 6240), (1, 6240, 6240), (2, 130, 100), (1, 1, 1)])
 def test_attention_of_one_wide_head(dtype, samples, queries, keys):
@@ -251,6 +293,7 @@ def test_attention_of_one_wide_head(dtype, samples, queries, keys):
 
 def test_the_first_back_end_that_can_is_taken_and_told(monkeypatch):
     kind = (torch.device("cuda"), torch.bfloat16, 128)
+    monkeypatch.setattr("wan.attention._can_be_ours", lambda *kind: False)
     names = {backend.name.lower().replace("_", " ") for backend in BACKENDS}
     assert chosen(*kind) in names
     monkeypatch.setattr("wan.attention.BACKENDS", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
