@@ -1,6 +1,6 @@
 """Times what a pass is made of, on this GPU and at the shapes of Wan 2.1 1.3B at 480×832: each matrix product and
-kernel in full precision and with 8 bits, of one block and of two at once, and attention with 8 bits with several tiles
-beside PyTorch's in bfloat16; also what is lost where the tiles of cuDNN's attention do not divide by the processors.
+kernel in full precision and with 8 bits, of one block and of two at once, and attention, in bfloat16 beside PyTorch's
+and with 8 bits with several tiles.
 
 The fastest tiles belong into `TILES` of wan/kernels/triton_fp8_attention.py and wan/kernels/triton_int8_linear.py, by
 the GPU's major compute capability.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.benchmarking.clock import draw, error, milliseconds
-from wan.attention import attention, fastest, in_one_go
+from wan.attention import attention, fastest, pytorchs
 from wan.kernels import fp8, gated, linear_gelu, modulate, rms_rope, rms_rope_both
 from wan.model import WanConfig
 from wan.rope import RotaryEmbedding
@@ -74,21 +74,17 @@ def compare_tiles(keys_count: int, found: dict) -> None:
         print(f"  {tile!s:26}{taken:8.3f} ms {1000 * tflop / taken:6.0f} TFLOP/s, off by {off:.4f}", flush=True)
 
 
-def compare_waves(keys_count: int, found: dict) -> None:
-    """Attention in bfloat16 of a growing number of queries, which shows how many fill the GPU once more, and that of a
-    block's in whole waves, as `wan.attention` computes it."""
+def compare_attention(keys_count: int, found: dict) -> None:
+    """Attention of a block to so many keys in bfloat16, by PyTorch and as `wan.attention` computes it."""
     q, k, v = (draw(1, count, HEADS, HEAD_DIM) for count in (TOKENS, keys_count, keys_count))
-    print(f"attention to {keys_count} keys in bfloat16, {torch.cuda.get_device_properties(0).multi_processor_count} "
-          f"processors, {HEADS} heads", flush=True)
+    print(f"attention {TOKENS} × {keys_count} in bfloat16", flush=True)
     with fastest(q.device):
-        for count in [*range(1024, TOKENS, 256), TOKENS]:
-            found[str(count)] = taken = milliseconds(lambda count=count: in_one_go(q[:, :count], k, v))
-            speed = 4 * HEADS * count * keys_count * HEAD_DIM / taken / 1e9
-            print(f"  {count:5} queries {taken:8.3f} ms {speed:6.0f} TFLOP/s", flush=True)
         exact = attention(q.float(), k.float(), v.float())
-        for name, call in (("in one go", in_one_go), ("in whole waves", attention)):
+        for name, call in (("PyTorch's", pytorchs), ("as chosen for this GPU", attention)):
             found[name] = taken = milliseconds(lambda call=call: call(q, k, v))
-            print(f"  {name:14} {taken:8.3f} ms, off by {error(call(q, k, v), exact):.5f}", flush=True)
+            speed = 4 * HEADS * TOKENS * keys_count * HEAD_DIM / taken / 1e9
+            off = error(call(q, k, v), exact)
+            print(f"  {name:26}{taken:8.3f} ms {speed:6.0f} TFLOP/s, off by {off:.5f}", flush=True)
 
 
 def compare_kernels(found: dict) -> None:
@@ -187,7 +183,7 @@ def main() -> None:
     compare_linear_tiles(found.setdefault("tiles of linear layers", {}))
     for keys_count in (TOKENS, TOKENS // FRAMES * WINDOW):
         compare_tiles(keys_count, found.setdefault(f"attention to {keys_count}", {}))
-    compare_waves(TOKENS // FRAMES * WINDOW, found.setdefault("waves of attention", {}))
+    compare_attention(TOKENS // FRAMES * WINDOW, found.setdefault("attention in bfloat16", {}))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
 

@@ -16,7 +16,7 @@ from tests.parity import run
 from utils.checkpoint import fill
 from utils.config import load_config
 from wan import kernels, waves
-from wan.attention import BACKENDS, attention, chosen, fastest, in_one_go, one_head
+from wan.attention import BACKENDS, attention, chosen, fastest, one_head, pytorchs
 from wan.kernels.conv import (
     conv3d,
     conv3d_of_pairs,
@@ -263,7 +263,7 @@ def test_attention_of_hopper(of_hopper, dtype, queries, keys, heads, sharpness):
     got = of_hopper(q, k, v)
     assert got.isfinite().all()
     with fastest(q.device):
-        assert relative(got[:, some], exact) <= 1.1 * relative(in_one_go(q, k, v)[:, some], exact) + 1e-6
+        assert relative(got[:, some], exact) <= 1.1 * relative(pytorchs(q, k, v)[:, some], exact) + 1e-6
 
 
 def test_attention_of_hopper_in_a_graph(of_hopper):

@@ -5,6 +5,7 @@ import torch
 
 from wan import kernels
 from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_of_ring, conv3d_plain
+from wan.kernels.hopper import succeeds
 from wan.rope import RotaryEmbedding
 
 SHAPES = [(1, 4, 14, 24, 8), (2, 3, 5, 7, 12), (1, 1, 2, 1, 3)]  # frames [B, T, H, W, C]
@@ -120,3 +121,11 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for other in results[1:]:
         for got, expected in zip(other, results[0], strict=True):
             assert torch.equal(got, expected)
+
+
+def test_what_a_gpu_can_not_do_is_told_and_done_otherwise(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    device = torch.device("cuda")
+    assert succeeds(lambda: None, device, "Otherwise") and not caplog.records
+    assert not succeeds(lambda: torch.zeros(2) @ torch.zeros(3), device, "Otherwise")
+    assert caplog.messages[0].startswith("Otherwise: inconsistent tensor size") and "\n" not in caplog.messages[0]

@@ -2,19 +2,17 @@
 most of its arithmetic. What goes into them is SiLU(norm(x)), of a size that is known. That goes into the very last
 convolution, too, but there it would cost the most in quality, and no other sees a norm."""
 
-import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from wan.causal_conv import CausalConv3d
 from wan.kernels.fp8_conv import Filters, conv3d_e4m3, filters_of, norm_silu_e4m3, room, steps_for
+from wan.kernels.hopper import is_hopper, succeeds
 from wan.vae import WanVAE
 from wan.vae_decoder import Norm, Residual
-
-log = logging.getLogger(__name__)
 
 # Channels, and those of the result, of the convolutions that are faster so on Hopper. Measured by
 # scripts/tune_decoder.py.
@@ -56,15 +54,7 @@ def is_faster(conv: CausalConv3d, device: torch.device) -> bool:
 @cache
 def _is_able(device: torch.device) -> bool:
     """Whether it is a GPU of Hopper's kind, and Triton has what the kernels need."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    try:
-        convolve_once(device)
-        torch.cuda.synchronize(device)
-    except Exception as error:  # neither Triton nor the driver has one type for what it can't do
-        log.warning("The decoder stays in full precision: %s", " ".join(str(error).split())[:160])
-        return False
-    return True
+    return is_hopper(device) and succeeds(partial(convolve_once, device), device, "The decoder stays in full precision")
 
 
 @torch.inference_mode()

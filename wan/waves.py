@@ -46,11 +46,6 @@ def add_up_plain(parts: Tensor, log_sums: Tensor, base: float = math.e) -> Tenso
     return (parts.to(weights.dtype) * weights).sum(0, keepdim=True)
 
 
-def several(x: Tensor, parts: int) -> Tensor:
-    """x [1, ...] `parts` times, [parts, ...], in memory of its own."""
-    return x.expand(parts, *x.shape[1:]).contiguous()
-
-
 def at_once(device: torch.device, of_a_processor: int) -> int:
     """Tiles that a GPU computes at a time."""
     return of_a_processor * torch.cuda.get_device_properties(device).multi_processor_count

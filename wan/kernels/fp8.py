@@ -8,6 +8,7 @@ summed there spans more magnitudes than int8 has, and a channel's values can't h
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan.kernels import modulate_plain, rms_rope_plain
+from wan.kernels.hopper import is_hopper, succeeds
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448; beyond it a cast gives NaN
@@ -191,17 +193,30 @@ def attention(q: Rows, held: Held, dtype: torch.dtype) -> Tensor:
 
 
 def _attention_kernel(q: Tensor, run: int) -> Callable[..., Tensor]:
-    """The fastest for these queries on their GPU: Hopper's own, where Triton has the Gluon that it is written in."""
+    """The fastest for these queries on their GPU."""
     from wan.kernels import triton_fp8_attention
 
-    if torch.cuda.get_device_capability(q.device)[0] == 9 and q.shape[0] == 1 and q.shape[3] == 128:
-        try:
-            from wan.kernels import gluon_fp8_attention
-        except (ImportError, AttributeError):  # it has no promise to stay as it is
-            return triton_fp8_attention.attention
+    if q.shape[0] == 1 and q.shape[3] == 128 and is_hopper(q.device) and _has_gluon(q.device):
+        from wan.kernels import gluon_fp8_attention
+
         if run >= gluon_fp8_attention.KEYS.value:
             return gluon_fp8_attention.attention
     return triton_fp8_attention.attention
+
+
+@cache
+def _has_gluon(device: torch.device) -> bool:
+    """Whether Triton has the Gluon that Hopper's own kernel is written in."""
+    def once() -> None:
+        from wan.kernels import gluon_fp8_attention
+
+        count = gluon_fp8_attention.KEYS.value
+        q, keys = (torch.zeros(1, n, 1, 128, dtype=torch.int8, device=device) for n in (1, count))
+        values, one = torch.zeros(1, 1, 128, count, device=device).to(E4M3), torch.ones(1, 1, device=device)
+        gluon_fp8_attention.attention(q, one[..., None, None], keys, values, one[..., None].expand(1, 1, count).clone(),
+                                      one, count, torch.bfloat16)
+
+    return succeeds(once, device, "Attention is by the kernel for all GPUs")
 
 
 def attention_plain(q: Rows, held: Held, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -27,37 +26,30 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from wan import waves
 from wan.kernels import triton_fp8_attention as by_tiles
+from wan.kernels.gluon_pieces import (
+    KEYS,
+    LOAD,
+    OF_LOADER,
+    REGISTERS,
+    ROWS,
+    TILE,
+    WARP_GROUPS,
+    piece_of,
+    sum_by_threads,
+    times,
+)
 
 BITS, OFFSET = gl.constexpr(by_tiles.BITS.value), gl.constexpr(by_tiles.OFFSET.value)
 GROUP = gl.constexpr(by_tiles.GROUP.value)  # keys that are read in an order of their own
 LOG2_LARGEST = gl.constexpr(8.807354922)  # of e4m3
-LOAD = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # as later and earlier Tritons call it
-KEYS = gl.constexpr(128)  # of a tile; in which no more than two scales may be
-ROWS, WARP_GROUPS = gl.constexpr(64), gl.constexpr(3)  # queries of a group of warps, and such groups
-TILE = gl.constexpr(ROWS.value * WARP_GROUPS.value)  # queries of a tile
 STAGES = gl.constexpr(4)  # tiles of keys and values in shared memory
-REGISTERS, OF_LOADER = gl.constexpr(160), gl.constexpr(24)  # of a thread
-
-
-@gluon.jit
-def _piece(index, tiles, whole, parts, key_tiles, H: gl.constexpr):
-    """The head, the tile of queries, the part of the keys, and its tiles, from one to before another, of a piece of
-    work. The first `whole` tiles of queries attend to all keys, the others to `parts` of them."""
-    part, count = index * 0, index * 0 + 1
-    if index < whole * H:
-        head, tile = index // whole, index % whole
-    else:
-        rest = index - whole * H
-        part, count = rest % parts, parts
-        head, tile = rest // parts // (tiles - whole), whole + rest // parts % (tiles - whole)
-    return head, tile, part, part * key_tiles // count, (part + 1) * key_tiles // count
 
 
 @gluon.jit
 def _load(keys, values, keys_at, values_at, full, free, tiles, whole, parts, filled, H: gl.constexpr, D: gl.constexpr):
     i = 0
     for index in range(gl.program_id(0), (whole + (tiles - whole) * parts) * H, gl.num_programs(0)):
-        head, _, _, begin, end = _piece(index, tiles, whole, parts, gl.cdiv(filled, KEYS), H)
+        head, _, _, begin, end = piece_of(index, tiles, whole, parts, gl.cdiv(filled, KEYS), H)
         for tile in range(begin, end):
             stage = i % STAGES
             mbarrier.wait(free.index(stage), i // STAGES & 1 ^ 1)
@@ -88,22 +80,10 @@ def _by_one_scale(sums, key_scale, next_scale, border, start, filled, run, SUMS:
 
 
 @gluon.jit
-def _sum_by_threads(weights):
-    """[ROWS, KEYS] → [ROWS, 4]: what the four threads that share a row have of it. They need not meet in each tile."""
-    return gl.sum(gl.sum(weights.reshape([ROWS, KEYS // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
 def _operand(weights, OUT: gl.constexpr):
     """Of a product in the layout OUT, in e4m3. Because of the order of keys, no thread gives another anything."""
     weights = weights.to(gl.float8e4nv).reshape([ROWS, KEYS // GROUP, 2, 4, 2]).permute(0, 1, 3, 2, 4)
     return gl.convert_layout(weights.reshape([ROWS, KEYS]), gl.DotOperandLayout(0, OUT, 4), assert_trivial=True)
-
-
-@gluon.jit
-def _times(x, by_row):
-    """x [ROWS, n] · by_row [ROWS], which any thread has for the rows that it has of x."""
-    return x * gl.convert_layout(by_row, gl.SliceLayout(1, x.type.layout), assert_trivial=True)[:, None]
 
 
 @gluon.jit
@@ -118,7 +98,7 @@ def _attend(WHICH: gl.constexpr, q_at, keys_at, values_at, full, free, queries_o
     q = q_at.index(WHICH)
     i = 0
     for index in range(gl.program_id(0), (whole + (tiles - whole) * parts) * H, gl.num_programs(0)):
-        head, tile, part, begin, end = _piece(index, tiles, whole, parts, gl.cdiv(filled, KEYS), H)
+        head, tile, part, begin, end = piece_of(index, tiles, whole, parts, gl.cdiv(filled, KEYS), H)
         row = tile * TILE + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, READ))
         places = queries_of + (row * H + head)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, READ))[None, :]
         q.store(gl.load(places, (row < queries)[:, None], other=0))
@@ -127,7 +107,7 @@ def _attend(WHICH: gl.constexpr, q_at, keys_at, values_at, full, free, queries_o
         row_scale = gl.load(query_scale + row * H + head, row < queries, other=1.0) * factor
         key_scale = key_scales + head * scale_stride
         top = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
-        total = _sum_by_threads(gl.zeros([ROWS, KEYS], gl.float32, SUMS))
+        total = sum_by_threads(gl.zeros([ROWS, KEYS], gl.float32, SUMS))
         acc = nothing
         border = (begin * KEYS // run + 1) * run
         next_scale = gl.load(key_scale + begin * KEYS)
@@ -145,15 +125,15 @@ def _attend(WHICH: gl.constexpr, q_at, keys_at, values_at, full, free, queries_o
             least = OFFSET * factors + new_top - LOG2_LARGEST
             weights = gl.exp2(scores * factors[:, None] - least[:, None])
             fading = gl.exp2(top - new_top)
-            total = _times(total, fading) + _sum_by_threads(weights)
+            total = times(total, fading) + sum_by_threads(weights)
             top = new_top
             product = warpgroup_mma(_operand(weights, OUT), v.permute([1, 0]), nothing, use_acc=False, is_async=True)
             product = warpgroup_mma_wait(0, deps=[product])
             mbarrier.arrive(free.index(stage))
-            acc = _times(acc, fading) + product
+            acc = times(acc, fading) + product
 
         total = gl.convert_layout(gl.sum(total, 1), BY_ROW)
-        acc = _times(acc, gl.load(value_scale + head) / total)
+        acc = times(acc, gl.load(value_scale + head) / total)
         row_of_out = tile * TILE + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
         channel = gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
         inside = (row_of_out < queries)[:, None]
