@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.paths import find_file
 
 STAGES = ("vae", "generator", "refined", "distilled", "matched", "streaming")
-STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "matched": 1500, "streaming": 850}
+STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "matched": 1500, "streaming": 2650}
 
 CLIPS = 8192  # drawn for the VAE, and again for the generator
 
@@ -55,7 +55,7 @@ def main() -> None:
     ranks = Ranks()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.start and ranks.first:
-        restore(args.start, args.folder)
+        restore(args.start, args.folder, with_lora=args.stages[0] == "streaming")  # a LoRA is for one generator alone
     ranks.wait()
     for stage in args.stages:
         run(stage, args.folder, ranks, args.scale, args.device, args.seed)

@@ -17,6 +17,7 @@ from utils.errors import UserError
 from utils.prompts import shorten
 from wan.attention import chosen
 from wan.geometry import PIXELS
+from wan.graphs import Captures
 from wan.model import CausalWan
 from wan.text_encoder import TextEncoder
 from wan.tiny_decoder import TinyDecoder
@@ -40,6 +41,7 @@ class Engine:
         self._load_text = load_text
         self._text_encoder: TextEncoder | None = None
         self._embeds: dict[str, Tensor] = {}
+        self._captures = Captures()
         self.text_seconds = 0.0  # spent loading the text encoder and encoding prompts
 
     @classmethod
@@ -132,7 +134,7 @@ class Engine:
             (config.num_frame_per_block, self.generator.config.in_dim, config.height // PIXELS, config.width // PIXELS),
             sample, self.device,
         )
-        return Session(config, self.generator, self.encode, self.decoder.stream(), noise)
+        return Session(config, self.generator, self.encode, self.decoder.stream(), noise, self._captures)
 
 
 def _size(model: nn.Module) -> int:

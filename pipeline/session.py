@@ -9,7 +9,7 @@ from utils.config import Config
 from utils.device import download, upload
 from utils.timing import Stopwatch
 from wan.geometry import PIXELS
-from wan.graphs import GraphedWan
+from wan.graphs import Captures, GraphedWan
 from wan.model import CausalWan
 from wan.rope import RotaryEmbedding
 
@@ -26,11 +26,12 @@ class Session:
     Each step makes one block of F latents. The prompt may be set anew between any two steps.
 
     encode: a prompt → its embeddings [1, n, text_dim]. decode: the block's latents [1, F, 16, h, w] → frames
-    [1, T, 3, H, W] in [-1, 1], with its own state for this video.
+    [1, T, 3, H, W] in [-1, 1], with its own state for this video. captures: what its CUDA graphs share with those of
+    other videos of the generator.
     """
 
     def __init__(self, config: Config, generator: CausalWan, encode: Callable[[str], Tensor],
-                 decode: Callable[[Tensor], Tensor], noise: NoiseSource):
+                 decode: Callable[[Tensor], Tensor], noise: NoiseSource, captures: Captures | None = None):
         self.config, self.generator, self.encode, self.decode, self.noise = config, generator, encode, decode, noise
         # Timesteps of the denoising steps, 1000 for noise.
         self.steps = timesteps(config.denoising_step_list, config.model_kwargs.timestep_shift,
@@ -52,6 +53,7 @@ class Session:
         self._asked: str | None = None  # the next block's
         self._refresh = REFRESHES[0]  # how the cache goes over to it
         self._text: list[tuple[Tensor, Tensor]] = []  # cross-attention keys and values of `prompt`
+        self._captures = captures or Captures()
         self._graphed: GraphedWan | None = None  # replays passes as CUDA graphs
         self._latents: list[Tensor] = []  # clean latents of the latest blocks, as many as a re-cache needs
 
@@ -133,7 +135,7 @@ class Session:
             return
         self._text = text
         if self.config.cuda_graphs and self.device.type in GRAPHS_ON:
-            self._graphed = GraphedWan(self.generator, self.cache, text)
+            self._graphed = GraphedWan(self.generator, self.cache, text, self._captures)
 
     def _recache(self, global_sink: bool) -> None:
         """Rebuilds the K/V of the latest latents under the new prompt, in one pass at t = context_noise.

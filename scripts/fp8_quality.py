@@ -105,7 +105,7 @@ def measure(engine: Engine, latents: int, prompt: str) -> Quality:
     one, other = session_of(full), session_of(fp8)
     videos = [psnr(one.step(), other.step()) for _ in blocks]
     streams = [decoder.stream() for decoder in (engine.decoder, _with_8_bits(engine))]
-    return Quality(flow, videos, [psnr(*(_pixels(stream, latents) for stream in streams)) for latents in made])
+    return Quality(flow, videos, [psnr(*(_pixels(stream, block) for stream in streams)) for block in made])
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@ from utils.checkpoint import fill
 from wan import fp8_decoder, vae
 from wan.attention import one_head
 from wan.kernels import conv, fp8_conv, norm_silu
+from wan.kernels.hopper import is_hopper
 from wan.sizes import from_sizes
 from wan.vae_decoder import VAEConfig, VAEDecoder
 
@@ -177,12 +178,15 @@ def compare_decoders(found: dict) -> None:
     weights = randomise(model, "cuda", torch.Generator("cuda").manual_seed(0))
     decoder = vae.WanVAE(fill(model, weights, "random", torch.bfloat16)).to(torch.device("cuda"))
     latents, first = draw(1, 3, 16, 60, 104), None
+    others = {shape: way for shape, way in conv.HOPPER.items() if shape != FULL}
     for name, way in (("cuDNN at full resolution", None), ("pairs at full resolution", conv.conv3d_of_pairs),
                       ("Triton at full resolution", conv.conv3d_triton), ("8 bits", conv.conv3d_triton)):
         if name == "8 bits":
+            if not is_hopper(torch.device("cuda")):
+                continue
             decoder = fp8_decoder.to_fp8(decoder, torch.device("cuda"))
         for together in (0, 1, 2):
-            conv.HOPPER = {} if way is None else {FULL: way}
+            conv.HOPPER = others if way is None else {**others, FULL: way}
             vae.TOGETHER = together
             torch.cuda.empty_cache()
             stream = decoder.stream()

@@ -155,8 +155,8 @@ def test_nothing_changes_where_it_is_not_faster():
 
 
 def test_the_convolution_that_shows_whether_a_gpu_can():
-    result = convolve_once(CPU)
-    assert result.shape == (1, 1, 2, 2, 96) and result.dtype == torch.bfloat16 and result.isfinite().all()
+    got, expected = convolve_once(CPU)
+    assert got.shape == (1, 1, 5, 7, 96) and torch.equal(got, expected) and got.float().std() > 0.1
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,32 @@ def test_what_a_generator_has_run_is_captured_at_once_but_for_a_first_pass(tiny_
     assert counts == [6, 1]  # of four blocks that fill the window and two further places of the ring
 
 
+def test_what_was_made_in_another_window_or_failed_is_not_captured_at_once(tiny_folder, graphed, monkeypatch):
+    engine = Engine.from_config(dataclasses.replace(tiny_settings(tiny_folder, "unused"), cuda_graphs=True))
+
+    def captured_in_two_blocks(window: int) -> tuple[int, int]:
+        """How many passes are captured, and how many have been made by then."""
+        config = dataclasses.replace(engine.config, model_kwargs=ModelKwargs(local_attn_size=window))
+        session, before = engine.session(seed=0, config=config), Computed.fresh
+        session.set_prompt("a")
+        session.step_latents()
+        session.step_latents()
+        return Computed.fresh - before, len(engine._captures.made)
+
+    assert [captured_in_two_blocks(window) for window in (12, 9, 12)] == [(2, 2), (2, 4), (2, 4)]
+    flow = engine.generator.flow
+    monkeypatch.setattr(engine.generator, "flow", lambda *given: 1 / 0)
+    session, made = engine.session(seed=0), set(engine._captures.made)
+    session.set_prompt("a")
+    engine._captures.made.clear()
+    with pytest.raises(ZeroDivisionError):
+        session.step_latents()
+    assert made and not engine._captures.made
+    monkeypatch.setattr(engine.generator, "flow", flow)
+    session.step_latents()
+    assert engine._captures.made
+
+
 def test_nothing_is_captured_where_the_window_grows(tiny_folder, graphed):
     session, _ = latents(tiny_folder, "aaaaaaa", True, local_attn_size=-1)
     assert session._graphed is None or session._graphed.graphs == {}

@@ -1,6 +1,6 @@
 """The decoder of Wan's VAE with 8 bits, where that is faster: in the convolutions of its residual blocks, which are
 most of its arithmetic. What goes into them is SiLU(norm(x)), of a size that is known. That goes into the very last
-convolution, too, but there it would cost the most in quality, and no other sees a norm."""
+convolution, too, but there it would cost the most in quality; no other convolution follows a norm."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -9,8 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from wan.causal_conv import CausalConv3d
-from wan.kernels.fp8_conv import Filters, conv3d_e4m3, filters_of, norm_silu_e4m3, room, steps_for
-from wan.kernels.hopper import is_hopper, succeeds
+from wan.kernels.fp8_conv import (
+    Filters,
+    conv3d_e4m3,
+    conv3d_e4m3_plain,
+    filters_of,
+    norm_silu_e4m3,
+    norm_silu_e4m3_plain,
+    room,
+    steps_for,
+)
+from wan.kernels.hopper import agrees, is_hopper, waves
 from wan.vae import WanVAE
 from wan.vae_decoder import Norm, Residual
 
@@ -54,17 +63,20 @@ def is_faster(conv: CausalConv3d, device: torch.device) -> bool:
 @cache
 def _is_able(device: torch.device) -> bool:
     """Whether it is a GPU of Hopper's kind, and Triton has what the kernels need."""
-    return is_hopper(device) and succeeds(partial(convolve_once, device), device, "The decoder stays in full precision")
+    return is_hopper(device) and agrees(partial(convolve_once, device), "The decoder stays in full precision")
 
 
 @torch.inference_mode()
-def convolve_once(device: torch.device) -> Tensor:
-    """A small convolution, of channels that Wan's decoder has."""
-    x, norm = torch.ones(1, 3, 2, 2, 96, dtype=torch.bfloat16, device=device), Norm(96, 3).to(device, torch.bfloat16)
-    conv = Fp8CausalConv3d(CausalConv3d(96, 96, 3, dtype=torch.bfloat16, device=device), norm)
-    frames = conv.room(x, 3)
-    conv.write(x, norm, None, frames)
-    return conv(frames, None)
+def convolve_once(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A small convolution, of channels that Wan's decoder has, and the same by the plain versions."""
+    x, weight = waves(1, 3, 5, 7, 96, device=device).bfloat16(), waves(96, 96, 3, 3, 3, device=device).bfloat16()
+    gamma = torch.ones(96, dtype=torch.bfloat16, device=device)
+    steps = steps_for(gamma)
+    filters, frames, plain_frames = filters_of(weight, steps), room(x, 3), room(x, 3)
+    norm_silu_e4m3(x, gamma, None, steps, frames)
+    norm_silu_e4m3_plain(x, gamma, None, steps, plain_frames)
+    return (conv3d_e4m3(frames, 0, 3, filters, None, None, torch.bfloat16),
+            conv3d_e4m3_plain(plain_frames, 0, 3, filters, None, None, torch.bfloat16))
 
 
 def to_fp8(vae: WanVAE, device: torch.device,

@@ -58,11 +58,6 @@ class KVCache:
         """First slot of the present block, and how many slots are filled."""
         return self._block.start // self.tokens, len(self.positions)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the window is full, so that from now on slots are used again."""
-        return len(self.positions) == self.window
-
     def room(self, layer: int) -> tuple[Tensor, Tensor]:
         """The slots that `begin` picked: where keys and values [B, frames·tokens, H, D] may be made in place, for
         `update` to find them there."""

@@ -198,6 +198,7 @@ def successors(scenes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def load_lora(added: nn.ModuleDict, file: Path, device: str) -> None:
+    """Fills a LoRA with the values in a file of stage 6."""
     for name, parts in torch.load(file, map_location=device, weights_only=True)["lora"].items():
         added[name.replace(".", "/")].load_state_dict(parts)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan.kernels import add_bias, fused
+from wan.kernels.hopper import is_hopper
 
 Way = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -74,7 +75,7 @@ def reads_rings(x: Tensor, weight: Tensor) -> bool:
 
 def _on_hopper(x: Tensor) -> bool:
     """Whether x is what the ways of HOPPER take: 16-bit numbers on a GPU of Hopper's kind."""
-    return x.element_size() == 2 and torch.cuda.get_device_capability(x.device)[0] == 9
+    return x.element_size() == 2 and is_hopper(x.device)
 
 
 # The fastest way where that is not cuDNN as it comes, by the weight's shape: those of Wan's decoder at full resolution,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan.kernels import modulate_plain, rms_rope_plain
-from wan.kernels.hopper import is_hopper, succeeds
+from wan.kernels.hopper import agrees, is_hopper, waves
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448; beyond it a cast gives NaN
@@ -207,16 +207,17 @@ def _attention_kernel(q: Tensor, run: int) -> Callable[..., Tensor]:
 @cache
 def _has_gluon(device: torch.device) -> bool:
     """Whether Triton has the Gluon that Hopper's own kernel is written in."""
-    def once() -> None:
+    def once() -> tuple[Tensor, Tensor]:
         from wan.kernels import gluon_fp8_attention
 
-        count = gluon_fp8_attention.KEYS.value
-        q, keys = (torch.zeros(1, n, 1, 128, dtype=torch.int8, device=device) for n in (1, count))
-        values, one = torch.zeros(1, 1, 128, count, device=device).to(E4M3), torch.ones(1, 1, device=device)
-        gluon_fp8_attention.attention(q, one[..., None, None], keys, values, one[..., None].expand(1, 1, count).clone(),
-                                      one, count, torch.bfloat16)
+        q, k = (quantise_plain(waves(1, count, 2, 128, device=device)) for count in (200, 256))
+        values = to_e4m3(waves(1, 256, 2, 128, device=device).permute(0, 2, 3, 1).contiguous())
+        held = Held(k.values, values, k.scale[..., 0].amax(1, keepdim=True).transpose(1, 2).expand(1, 2, 256).clone(),
+                    torch.ones(1, 2, device=device), 256)
+        return (gluon_fp8_attention.attention(q.values, q.scale, *held, torch.float32),
+                attention_plain(q, held, torch.float32))
 
-    return succeeds(once, device, "Attention is by the kernel for all GPUs")
+    return agrees(once, "Attention is by the kernel for all GPUs")
 
 
 def attention_plain(q: Rows, held: Held, dtype: torch.dtype) -> Tensor:

@@ -171,6 +171,8 @@ def _attention(queries_of, keys, values, query_scale, key_scales, value_scale, o
 
 def attention(q: Tensor, query_scale: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor, value_scale: Tensor,
               run: int, dtype: torch.dtype) -> Tensor:
+    """Rows of queries [1, Sq, H, D] and what is `Held` of keys, in which a scale is that of `run` ≥ KEYS of them, → [1,
+    Sq, H, D] in dtype."""
     _, queries, heads, head_dim = q.shape
     if key_scale.stride(2) != 1:
         raise ValueError(f"scales of keys with strides {key_scale.stride()} do not follow each other")

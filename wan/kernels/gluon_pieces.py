@@ -16,7 +16,7 @@ REGISTERS, OF_LOADER = gl.constexpr(160), gl.constexpr(24)  # of a thread
 def piece_of(index, tiles, whole, parts, key_tiles, H: gl.constexpr):
     """The head, the tile of queries, the part of the keys, and its tiles, from one to before another, of a piece of
     work. The first `whole` tiles of queries attend to all keys, the others to `parts` of them."""
-    part, count = index * 0, index * 0 + 1
+    part, count = index * 0, index * 0 + 1  # of the type of what they become in the other branch
     if index < whole * H:
         head, tile = index // whole, index % whole
     else:

@@ -137,6 +137,7 @@ def _norm_silu(x, gamma, bias, out, positions, height, width, steps, eps, C: tl.
 
 
 def norm_silu(x: Tensor, gamma: Tensor, bias: Tensor | None, steps: float, out: Tensor) -> None:
+    """As `wan.kernels.fp8_conv.norm_silu_e4m3`."""
     height, width, channels = x.shape[2:]
     block = triton.next_power_of_2(channels)
     rows = max(1, ELEMENTS // block)
@@ -165,6 +166,7 @@ def _tile(positions: int, channels: int, results: int, device: torch.device) -> 
 
 def conv3d(ring: Tensor, start: int, frames: int, filters: Tensor, scale: Tensor, bias: Tensor | None,
            skip: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """As `wan.kernels.fp8_conv.conv3d_e4m3`; filters and scale are those of its Filters."""
     batch, size, lines, line, channels = ring.shape
     if not (0 <= start < size and 2 < frames <= size):
         raise ValueError(f"{frames} frames from {start} on are not in a ring of {size}, or too few for a filter of 3")
