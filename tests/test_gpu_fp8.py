@@ -19,6 +19,7 @@ from wan import fp8_decoder
 from wan.fp8_cache import QuantisedKVCache
 from wan.kernels import fp8, fp8_conv, rms_rope_plain
 from wan.kernels.fp8 import Held, Rows
+from wan.kernels.hopper import is_hopper
 from wan.rope import RotaryEmbedding
 from wan.vae import WanVAE
 from wan.vae_decoder import VAEConfig, VAEDecoder
@@ -252,8 +253,7 @@ def test_frames_for_convolutions_of_what_is_no_number():
     assert numbers[1, 1].isnan().all() and numbers.isnan().sum() == 32
 
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-on_hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper")
+on_hopper = pytest.mark.skipif(not torch.cuda.is_available() or not is_hopper(CUDA), reason="no Hopper")
 
 
 def frames_and_filters(batch: int, frames: int, height: int, width: int, channels: int, results: int):
