@@ -8,6 +8,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+HEADS = 12  # of the attention that is tried: Wan 2.1 1.3B's, so that nothing is compiled for the trial alone
 MOST = 0.1  # that a kernel may be off from its plain version, to the size of what that gives
 
 
