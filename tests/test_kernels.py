@@ -5,7 +5,7 @@ import torch
 
 from wan import kernels
 from wan.kernels.conv import conv3d, conv3d_of_pairs, conv3d_of_ring, conv3d_plain
-from wan.kernels.hopper import agrees, waves
+from wan.kernels.hopper import agrees, numbers
 from wan.rope import RotaryEmbedding
 
 SHAPES = [(1, 4, 14, 24, 8), (2, 3, 5, 7, 12), (1, 1, 2, 1, 3)]  # frames [B, T, H, W, C]
@@ -129,7 +129,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     (lambda x: (x * float("nan"), x), "the kernel is off by nan"),
 ])
 def test_what_a_gpu_can_not_do_is_told_and_done_otherwise(once, reason, caplog):
-    x = waves(2, device=torch.device("cpu"))
+    x = numbers(2, device=torch.device("cpu"))
     assert agrees(lambda: (1.01 * x, x), "Otherwise") and not caplog.records
     assert not agrees(lambda: once(x), "Otherwise")
     assert caplog.messages[0].startswith(f"Otherwise: {reason}") and "\n" not in caplog.messages[0]

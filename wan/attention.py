@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan.kernels import HAS_TRITON, fused
-from wan.kernels.hopper import HEADS, agrees, is_hopper, waves
+from wan.kernels.hopper import HEADS, agrees, is_hopper, numbers
 
 # PyTorch's, fastest first on the cards measured: at 4680×18720 tokens on an H200 cuDNN takes 0.99 ms, flash 1.7 ms.
 BACKENDS = [
@@ -63,7 +63,7 @@ def _can_be_ours(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
     def once() -> tuple[Tensor, Tensor]:
         from wan.kernels import gluon_attention
 
-        q, k, v = (waves(1, count, HEADS, head_dim, device=device).to(dtype) for count in (200, 300, 300))
+        q, k, v = (numbers(1, count, HEADS, head_dim, device=device).to(dtype) for count in (200, 300, 300))
         return gluon_attention.attention(q, k, v), pytorchs(q, k, v)
 
     return HAS_TRITON and is_hopper(device) and head_dim == 128 and dtype in (torch.bfloat16, torch.float16) \

@@ -19,7 +19,7 @@ from wan.kernels.fp8_conv import (
     room,
     steps_for,
 )
-from wan.kernels.hopper import agrees, is_hopper, waves
+from wan.kernels.hopper import agrees, is_hopper, numbers
 from wan.vae import WanVAE
 from wan.vae_decoder import Norm, Residual
 
@@ -69,7 +69,7 @@ def _is_able(device: torch.device) -> bool:
 @torch.inference_mode()
 def convolve_once(device: torch.device) -> tuple[Tensor, Tensor]:
     """A small convolution, of channels that Wan's decoder has, and the same by the plain versions."""
-    x, weight = waves(1, 3, 5, 7, 96, device=device).bfloat16(), waves(96, 96, 3, 3, 3, device=device).bfloat16()
+    x, weight = numbers(1, 3, 5, 7, 96, device=device).bfloat16(), numbers(96, 96, 3, 3, 3, device=device).bfloat16()
     gamma = torch.ones(96, dtype=torch.bfloat16, device=device)
     steps = steps_for(gamma)
     filters, frames, plain_frames = filters_of(weight, steps), room(x, 3), room(x, 3)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan.kernels import modulate_plain, rms_rope_plain
-from wan.kernels.hopper import HEADS, agrees, is_hopper, waves
+from wan.kernels.hopper import HEADS, agrees, is_hopper, numbers
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max  # 448; beyond it a cast gives NaN
@@ -210,8 +210,8 @@ def _has_gluon(device: torch.device) -> bool:
     def once() -> tuple[Tensor, Tensor]:
         from wan.kernels import gluon_fp8_attention
 
-        q, k = (quantise_plain(waves(1, count, HEADS, 128, device=device)) for count in (200, 256))
-        values = to_e4m3(waves(1, 256, HEADS, 128, device=device).permute(0, 2, 3, 1).contiguous())
+        q, k = (quantise_plain(numbers(1, count, HEADS, 128, device=device)) for count in (200, 256))
+        values = to_e4m3(numbers(1, 256, HEADS, 128, device=device).permute(0, 2, 3, 1).contiguous())
         scale = k.scale[..., 0].amax(1)[..., None].expand(1, HEADS, 256).clone()
         held = Held(k.values, values, scale, torch.ones(1, HEADS, device=device), 256)
         got = gluon_fp8_attention.attention(q.values, q.scale, *held, torch.bfloat16)

@@ -17,7 +17,7 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def waves(*shape: int, device: torch.device) -> Tensor:
+def numbers(*shape: int, device: torch.device) -> Tensor:
     """Numbers between -1 and 1 to try a kernel with."""
     return torch.arange(1.0, 1 + torch.Size(shape).numel(), device=device).mul(0.7).sin().view(shape)
 
