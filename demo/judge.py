@@ -19,6 +19,7 @@ from utils.cli import guarded
 from utils.paths import find_file
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
+VAE = Path(__file__).parent / "checkpoint/vae"
 
 WINDOW = 40  # frames, 2.5 s: as long as any motion needs to be told from the others
 SHORTEST = 8  # frames that show all but motion and camera
@@ -154,8 +155,10 @@ def main(argv: list[str] | None = None) -> None:
     validate.add_argument("--batch", type=int, default=64)
     validate.add_argument("--out", type=Path, default=Path("judge.json"))
     for command in (train, validate):
+        command.add_argument("--vae", type=Path, default=VAE, help="folder of a VAE, through which some clips go")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    args.vae = find_file(str(args.vae / "config.json"), "--vae", "give a folder such as demo/checkpoint/vae").parent
     if args.command == "train":
         if args.start:
             args.start = find_file(str(args.start), "--start", "give weights of a judge, or leave it out")

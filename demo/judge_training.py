@@ -1,4 +1,5 @@
-"""How the judge is trained: on drawn clips, made worse in the ways that a codec and a VAE make them worse."""
+"""How the judge is trained: on drawn clips, made worse in the ways that a codec, a VAE and inexact latents make them
+worse."""
 
 import argparse
 import time
@@ -10,11 +11,15 @@ from torch import Tensor
 
 from demo.canvas import HEIGHT, WIDTH
 from demo.judge import ATTRIBUTES, COUNT, OF_SUBJECT, SHORTEST, STRIDE, WINDOW, Judge, Network
+from demo.training import vae as vaes
+from demo.training.clips import BLOCK
 from demo.training.muon import Muon
 from demo.training.progress import cosine, set_rate
-from demo.world import CATEGORIES, HELD_OUT, STYLE, Manner, Script, frames_of, paint, sample
+from demo.world import CATEGORIES, HELD_OUT, STYLE, Manner, Script, draw, frames_of, paint, sample
 
 SHARE_OTHER_COUNT = 0.12  # of clips with no subject, and the same of clips with two
+DECODED = 3  # every third part of the stored clips went through the VAE
+MARGIN = 5  # frames of these before the window: the first latent of a video is one frame, which is not like the others
 SHARE_WHOLE = 0.65  # of steps whose clips are whole windows; the others show appearance alone
 
 
@@ -50,6 +55,48 @@ def draw_seen(script: Script, frames: int = WINDOW, manner: Manner | None = None
     every = frames_of(script, frames, manner)
     seen = torch.arange(len(script) * frames, device=script.scenes.device).view(-1, frames)[:, ::STRIDE]
     return paint(every[seen.flatten()]).clamp(0, 1).unflatten(0, seen.shape)
+
+
+class Decoder:
+    """Drawn clips as a video's decoder shows them: through a VAE, with latents that are off in the ways in which
+    generated ones are. A judge who had only seen clean ones took the streaks of a subject that bounces for spinning,
+    and scenery that passed, but shimmered, for standing still.
+
+    vae: the folder of a checkpoint's VAE.
+    """
+
+    def __init__(self, vae: Path, device: str):
+        self.parts = vaes.load_exported(vae, device)
+
+    @torch.inference_mode()
+    def __call__(self, script: Script, manner: Manner | None, generator: torch.Generator) -> Tensor:
+        """Whole windows, uint8 [B, WINDOW, 3, H, W]. generator: on the script's device."""
+        vae, mean, std = self.parts
+        latents = vaes.latents_of(vae, mean, std, draw(script, MARGIN + WINDOW, manner=manner))
+        latents = (disturb(latents, generator) * std + mean).transpose(1, 2)
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.is_cuda):
+            pixels = vaes.decode(vae, latents)[:, :, MARGIN:].float()
+        return pixels.clamp(-1, 1).mul(127.5).add(127.5).round().to(torch.uint8).transpose(1, 2)
+
+
+def disturb(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents [B, F, 16, h, w] of whole blocks, blurred a little in time and space, with noise, and with coarse noise
+    that stays for a block; every clip in its own way. generator: on their device."""
+    batch, length, channels, rows, columns = latents.shape
+
+    def uniform(low: float, high: float) -> Tensor:
+        values = torch.rand(batch, 1, 1, 1, 1, device=latents.device, generator=generator)
+        return (values * (high - low) + low).clamp(min=0)
+
+    padded = torch.cat([latents[:, :1], latents, latents[:, -1:]], 1)
+    x = torch.lerp(latents, (padded[:, :-2] + latents + padded[:, 2:]) / 3, uniform(-0.4, 0.4))
+    soft = F.avg_pool2d(x.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(x)
+    x = torch.lerp(x, soft, uniform(-0.4, 0.4))
+    x = x + uniform(-0.2, 0.4) * torch.randn(x.shape, device=x.device, generator=generator)
+    coarse = (batch * length // BLOCK, channels, rows // 2, columns // 2)
+    coarse = torch.randn(coarse, device=x.device, generator=generator)
+    coarse = F.interpolate(coarse, size=(rows, columns), mode="bilinear", align_corners=False)
+    return x + uniform(-0.3, 0.4) * coarse.unflatten(0, (batch, -1)).repeat_interleave(BLOCK, 1)
 
 
 def worsen(clips: Tensor, generator: torch.Generator) -> Tensor:
@@ -124,7 +171,7 @@ def train(args: argparse.Namespace) -> None:
     test_truth = labels(test)
     test_clips = torch.cat([(255 * draw_seen(test[i:i + args.batch])).round().to(torch.uint8)
                             for i in range(0, len(test), args.batch)])
-    store = Store(args.clips, args.device, args.seed)
+    store = Store(args.clips, args.device, args.seed, Decoder(args.vae, args.device))
     count = sum(p.numel() for p in network.parameters())
     print(f"judge: {count / 1e6:.2f} M parameters, step {step} of {args.steps}, batch {args.batch}", flush=True)
 
@@ -160,17 +207,23 @@ def train(args: argparse.Namespace) -> None:
 
 
 class Store:
-    """Drawn windows, uint8 [N, WINDOW / STRIDE, 3, H, W] on the device, and their labels."""
+    """Drawn windows, some of them decoded, uint8 [N, WINDOW / STRIDE, 3, H, W] on the device, and their labels."""
 
-    def __init__(self, clips: int, device: str, seed: int, batch: int = 256):
+    def __init__(self, clips: int, device: str, seed: int, decoder: Decoder, batch: int = 256):
         begun = time.monotonic()
         scripts = [random_script(min(batch, clips - i), torch.Generator().manual_seed(seed * 10**7 + i)).to(device)
                    for i in range(0, clips, batch)]
         self.clips = torch.empty(clips, WINDOW // STRIDE, 3, HEIGHT, WIDTH, dtype=torch.uint8, device=device)
         filled = 0  # in place: all of them twice would not fit some GPUs
-        for part in (script[i:i + 64] for script in scripts for i in range(0, len(script), 64)):
+        parts = [script[i:i + 64] for script in scripts for i in range(0, len(script), 64)]
+        on_device = torch.Generator(device).manual_seed(seed)
+        for number, part in enumerate(parts):
             manner = random_manner(len(part), torch.Generator().manual_seed(seed * 10**7 + filled), device)
-            self.clips[filled:filled + len(part)] = (255 * draw_seen(part, manner=manner)).round().to(torch.uint8)
+            if number % DECODED:
+                seen = (255 * draw_seen(part, manner=manner)).round().to(torch.uint8)
+            else:
+                seen = decoder(part, manner, on_device)[:, ::STRIDE]
+            self.clips[filled:filled + len(part)] = seen
             filled += len(part)
         every = [labels(script) for script in scripts]
         self.truth = {name: torch.cat([truth[name] for truth in every]) for name in ATTRIBUTES}

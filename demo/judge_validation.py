@@ -1,4 +1,5 @@
-"""How far the judge can be trusted: on fresh drawn clips, worse ones, ones from MP4s, and on others' captions."""
+"""How far the judge can be trusted: on fresh drawn clips, worse ones, ones from a VAE and from MP4s, and on others'
+captions."""
 
 import argparse
 import json
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from demo.canvas import HEIGHT, WIDTH
 from demo.judge import APPEARANCE, ATTRIBUTES, COUNT, OF_SUBJECT, SHORTEST, SIZES, WINDOW, Judge
-from demo.judge_training import labels, random_manner, random_script, worsen
+from demo.judge_training import Decoder, labels, random_manner, random_script, worsen
 from demo.videos import read_video
 from demo.world import FPS, draw
 from utils.video import Mp4Writer
@@ -23,7 +24,8 @@ def validate(args: argparse.Namespace) -> None:
     on_device = torch.Generator(args.device).manual_seed(args.seed)
     script = random_script(args.clips, random)
     truth = labels(script)
-    drawn, worse, loose, short, packed = [], [], [], [], []
+    decoder = Decoder(args.vae, args.device)
+    drawn, worse, loose, decoded, short, packed = [], [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for begin in range(0, args.clips, args.batch):
             some = script[begin:begin + args.batch].to(args.device)
@@ -34,15 +36,17 @@ def validate(args: argparse.Namespace) -> None:
             worse.append(judge((255 * degraded).round().to(torch.uint8)))
             manner = random_manner(len(some), random, args.device)
             loose.append(judge(draw(some, WINDOW, manner=manner).permute(0, 1, 3, 4, 2).contiguous()))
+            decoded.append(judge(decoder(some, manner, on_device).permute(0, 1, 3, 4, 2).contiguous()))
             through = clips[:max(0, args.mp4_clips - begin)].cpu()
             if len(through):
                 packed.append(judge(torch.stack([_through_mp4(clip, Path(folder) / "clip.mp4") for clip in through])))
             print(f"{min(begin + args.batch, args.clips)} of {args.clips} clips", flush=True)
-    drawn, worse, loose, short, packed = (_join(parts) for parts in (drawn, worse, loose, short, packed))
+    drawn, worse, loose, decoded, short, packed = (_join(parts) for parts in (drawn, worse, loose, decoded, short,
+                                                                             packed))
     other = {name: value[torch.randperm(args.clips, generator=random)] for name, value in truth.items()}
     columns = {
         "drawn": _right(drawn, truth), "worsened": _right(worse, truth), "other manner": _right(loose, truth),
-        "MP4": _right(packed, truth), f"{SHORTEST} frames": _right(short, truth),
+        "decoded": _right(decoded, truth), "MP4": _right(packed, truth), f"{SHORTEST} frames": _right(short, truth),
         "shuffled captions": _right(drawn, other), "chance": {name: _chance(truth[name]) for name in ATTRIBUTES},
     }
     print(f"\n{args.clips} clips, {args.mp4_clips} through an MP4; right in %, chance for captions of other clips\n")

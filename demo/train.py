@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from demo.training import forcing, generator, vae
+from demo.training import forcing, generator, vae, witness
 from demo.training.curves import plot
 from demo.training.export import export, restore
 from demo.training.looks import look
@@ -19,8 +19,9 @@ from utils.cli import guarded
 from utils.errors import UserError
 from utils.paths import find_file
 
-STAGES = ("vae", "generator", "refined", "distilled", "matched", "streaming")
-STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "matched": 1500, "streaming": 2650}
+STAGES = ("vae", "generator", "refined", "distilled", "matched", "witness", "streaming")
+STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "matched": 1500,
+         "witness": 2500, "streaming": 5000}
 
 CLIPS = 8192  # drawn for the VAE, and again for the generator
 
@@ -32,6 +33,10 @@ def run(stage: str, folder: Path, ranks: Ranks, scale: float, device: str, seed:
         if ranks.size > 1:
             raise UserError("the VAE is trained on one GPU; leave torchrun out for --stages vae")
         vae.train(folder, steps=steps, device=device, seed=seed, clips=clips)
+    elif stage == "witness":
+        if ranks.first:
+            witness.train(folder, steps=steps, device=device, seed=seed, clips=clips)
+        ranks.wait()
     elif stage in generator.PHASES:
         generator.train(folder, ranks, stage, steps=steps, device=device, seed=seed, clips=clips)
     else:
@@ -59,7 +64,7 @@ def main() -> None:
     ranks.wait()
     for stage in args.stages:
         run(stage, args.folder, ranks, args.scale, args.device, args.seed)
-        if stage != "vae" and ranks.first:
+        if stage not in ("vae", "witness") and ranks.first:
             look(args.folder, stage, args.device)
     if not ranks.first:
         return

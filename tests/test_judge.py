@@ -6,8 +6,32 @@ import pytest
 import torch
 
 from demo.canvas import HEIGHT, WIDTH
-from demo.judge import APPEARANCE, ATTRIBUTES, COUNT, OF_SUBJECT, SHORTEST, SIZES, WEIGHTS, WINDOW, Judge, Network, main
-from demo.judge_training import accuracy, draw_seen, labels, loss_of, random_script, worsen
+from demo.judge import (
+    APPEARANCE,
+    ATTRIBUTES,
+    COUNT,
+    OF_SUBJECT,
+    SHORTEST,
+    SIZES,
+    STRIDE,
+    VAE,
+    WEIGHTS,
+    WINDOW,
+    Judge,
+    Network,
+    main,
+)
+from demo.judge_training import (
+    MARGIN,
+    Decoder,
+    accuracy,
+    disturb,
+    draw_seen,
+    labels,
+    loss_of,
+    random_script,
+    worsen,
+)
 from demo.videos import read_video
 from demo.world import CATEGORIES, FPS, Manner, draw, is_held_out
 from utils.errors import UserError
@@ -104,6 +128,27 @@ def test_clips_without_a_subject_teach_nothing_of_it():
     assert {name for name, value in logits.items() if value.grad.abs().sum() == 0} == set(OF_SUBJECT)
 
 
+def test_disturbs_each_clip_in_its_own_way_and_a_block_of_it_alike():
+    generator = torch.Generator().manual_seed(0)
+    disturbed = disturb(torch.zeros(64, 12, 16, 14, 24), generator)
+    sizes = disturbed.std((1, 2, 3, 4))
+    assert sizes.min() == 0 and 0.4 < sizes.max() < 0.6
+    noise = disturbed.unflatten(1, (4, 3)).mean((-1, -2))  # coarse noise is what is left of all, clips by blocks
+    within, between = noise.var(2).mean(), noise.mean(2).var(1).mean()
+    assert between > 3 * within
+    again = disturb(torch.zeros(64, 12, 16, 14, 24), torch.Generator().manual_seed(0))
+    assert torch.equal(again, disturbed)
+
+
+def test_decodes_windows_that_look_like_drawn_ones():
+    script = random_script(2, torch.Generator().manual_seed(5), other_count=0)
+    decoded = Decoder(VAE, "cpu")(script, None, torch.Generator().manual_seed(0))
+    drawn = draw(script, WINDOW + MARGIN)[:, MARGIN:]
+    assert decoded.shape == drawn.shape and decoded.dtype == torch.uint8
+    error = (decoded.float() - drawn.float()).square().mean((1, 2, 3, 4))
+    assert (10 * torch.log10(255**2 / error) > 18).all() and (error > 1).all()
+
+
 def test_trains_validates_and_goes_on_where_it_was(tmp_path, capsys):
     out = tmp_path / "judge.safetensors"
     common = ["train", "--out", str(out), "--steps", "2", "--batch", "2", "--test-clips", "2", "--clips", "3",
@@ -162,6 +207,14 @@ def test_is_right_on_drawn_clips():
     right = accuracy(network, (255 * draw_seen(script)).round().to(torch.uint8), labels(script), 8)
     assert min(right.values()) > 0.9, right
     assert right[COUNT] == 1
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="the judge is not trained yet")
+def test_is_right_on_decoded_clips():
+    script = random_script(16, torch.Generator().manual_seed(8), other_count=0)
+    decoded = Decoder(VAE, "cpu")(script, None, torch.Generator().manual_seed(1))
+    right = accuracy(Judge.load().network, decoded[:, ::STRIDE], labels(script), 8)
+    assert min(right.values()) > 0.9, right
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="the judge is not trained yet")

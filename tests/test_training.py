@@ -1,15 +1,17 @@
 """What the training computes is what the generator computes when it makes a video."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
 from demo import train
 from demo.judge import ATTRIBUTES
-from demo.training import forcing, generator, rollout
+from demo.training import forcing, generator, rollout, witness
 from demo.training import vae as vaes
 from demo.training.causal import Parallel, Plan
 from demo.training.export import export, restore
@@ -17,6 +19,7 @@ from demo.training.looks import look
 from demo.training.ranks import Ranks
 from demo.training.reading import read
 from demo.training.teacher import Matching
+from demo.world import CATEGORIES, CHOICES
 from pipeline.engine import Engine
 from pipeline.noise import NoiseSource
 from pipeline.session import Session
@@ -164,6 +167,60 @@ def test_matching_moves_the_student_to_where_the_teacher_is(student, teacher, to
     assert torch.equal((-x0.grad).where(x0.grad.abs() > 1e-6, 0.0).sign(), torch.full_like(x0, towards))
 
 
+def sees(choices: list[int], sure: float = 20.0) -> list[torch.Tensor]:
+    """What a witness says that is sure of these choices."""
+    return [sure * F.one_hot(torch.tensor([choice]), len(CHOICES[name])).float()
+            for name, choice in zip(CATEGORIES, choices, strict=True)]
+
+
+@pytest.mark.parametrize("scene,wrong", [([1, 2, 3, 4, 1, 1], set()), ([1, 2, 5, 4, 1, 0], {"motion", "camera"})])
+def test_a_witness_is_asked_what_lasts(scene, wrong, monkeypatch):
+    one = witness.Witness(width=8)
+    monkeypatch.setattr(one, "forward", lambda latents: sees([1, 2, 3, 4, 1, 1]))
+    latents, scenes = torch.randn(1, 9, 16, 14, 24), torch.tensor([scene]).expand(3, 1, 6)
+    losses = one.loss(latents, scenes)
+    assert {name for name, loss in losses.items() if loss > 1} == wrong
+    before = scenes.clone()
+    before[0] += 1  # all of it changed in the second block
+    assert not any(one.loss(latents, before).values())
+
+
+def test_a_witness_is_told_how_far_the_camera_moves(monkeypatch):
+    one, pan = witness.Witness(width=8), [0, 0, 0, 0, 0, 1]
+    scenes = torch.tensor([pan]).expand(3, 1, 6)
+    latents = torch.randn(1, 9, 16, 14, 24)
+    best = {}
+    for moved in (1.0, 0.5, 0.0):
+        losses = []
+        for share in torch.linspace(0.02, 0.98, 49):  # of the pan, in what it sees
+            said = sees(pan)
+            said[-1] = torch.stack([1 - share, share, share.new_tensor(1e-6)])[None].log()
+            monkeypatch.setattr(one, "forward", lambda latents, said=said: said)
+            losses.append(one.loss(latents, scenes, torch.tensor([moved]))["camera"])
+        best[moved] = 0.02 * (1 + torch.stack(losses).argmin().item())
+    assert best == pytest.approx({1.0: 0.98, 0.5: 0.5, 0.0: 0.02})
+
+
+def test_a_video_is_moved_to_where_a_witness_sees_its_scene(tmp_path):
+    torch.manual_seed(0)
+    torch.save(witness.Witness().state_dict(), tmp_path / witness.FILE)
+    loss = witness.Witnessed(lambda *args: {"loss": args[-1].mean() * 0}, tmp_path, 1.0, 1, "cpu")
+    past = torch.randn(3, 1, 3, 16, 14, 24)
+    x0 = torch.randn(1, 3, 16, 14, 24, requires_grad=True)
+    scene = torch.tensor([[1, 2, 3, 4, 1, 1]])
+    for _ in range(witness.BLOCKS):
+        loss.tell(scene)
+
+    def witnessed(x0, blocks=3):
+        torch.manual_seed(1)
+        return loss(SimpleNamespace(past=lambda: past[:blocks]), x0, 1.0, x0)
+
+    assert "witness" not in witnessed(x0, 1)  # too few blocks to see anything
+    first = witnessed(x0)["witness"]
+    first.backward()
+    assert witnessed(x0.detach() - 0.5 * x0.grad / x0.grad.norm())["witness"] < first - 0.01
+
+
 @torch.no_grad()
 def test_captions_are_read_in_training_as_prompts_are():
     torch.manual_seed(0)
@@ -203,10 +260,14 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
         generator.train(stages, ranks, "generator", steps=steps, device="cpu", clips=2)
     assert "generator: goes on at step 1 of 3" in capsys.readouterr().out
     generator.train(stages, ranks, "refined", steps=2, device="cpu", clips=2)
+    with pytest.raises(UserError, match=r"witness\.pt: no such file; train the witness first"):
+        forcing.train(stages, ranks, "streaming", steps=1, device="cpu", batch=1)
+    witness.train(stages, steps=2, device="cpu", clips=2, batch=2)
     for stage, steps in (("distilled", 5), ("matched", 5), ("streaming", 7)):
         forcing.train(stages, ranks, stage, steps=steps, device="cpu", batch=1)
     assert {file.name for file in (stages / "curves").iterdir()} == {
-        f"{stage}.json" for stage in ("vae", "reading", "generator", "refined", "distilled", "matched", "streaming")}
+        f"{stage}.json" for stage in ("vae", "reading", "generator", "refined", "distilled", "matched", "witness",
+                                          "streaming")}
 
     for stage in ("generator", "refined", "distilled", "matched", "streaming"):
         shares = look(stages, stage, "cpu", videos=2)
@@ -231,6 +292,7 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
     for name, value in teacher.items():
         assert (restored[name] - value).abs().max() <= 0.005 * (first[name] - value).abs().max() + 1e-6
 
+    shutil.copy(stages / witness.FILE, again)
     forcing.train(again, ranks, "streaming", steps=1, device="cpu", batch=1)  # in which only the critic learns
     before, after = (torch.load(folder / "streaming.pt", weights_only=True)["lora"] for folder in (stages, again))
     for name, parts in before.items():

@@ -28,6 +28,7 @@ from demo.training.progress import Average, Progress, Repeated, cosine, set_rate
 from demo.training.ranks import Ranks
 from demo.training.rollout import SIGMAS, Tape, Videos, embed
 from demo.training.teacher import Critic, Following, Matching, Teacher
+from demo.training.witness import Witnessed
 from demo.world import sample
 from wan.model import CausalWan
 
@@ -39,13 +40,14 @@ JUMPS = 0.03  # how often, of the blocks, it jumps ahead
 class Stage:
     """How a stage trains. rate: of learning. blocks: of a video. critic: its rate, where what the student makes is to
     be distributed as what the teacher makes; 0 where the student is to follow the teacher. switch_every: least and
-    most blocks between prompts, of videos in turn. critic_first: steps in which only the critic learns. decay: of the
-    running mean of the weights."""
+    most blocks between prompts, of videos in turn. critic_first: steps in which only the critic learns. witness: weight
+    of a witness's loss, 0: none. decay: of the running mean of the weights."""
 
     rate: float
     blocks: int
     critic: float = 0.0
     critic_first: int = 0
+    witness: float = 0.0
     lora: bool = False
     switch_every: tuple[tuple[int, int], ...] = ()
     decay: float = 0.99
@@ -56,7 +58,7 @@ STAGES = {
     "distilled": Stage(rate=3e-4, blocks=7),
     "matched": Stage(rate=1e-4, blocks=7, critic=2e-4, critic_first=100, decay=0.995, betas=(0.0, 0.99)),
     "streaming": Stage(rate=4e-4, blocks=100, critic=1e-4, critic_first=100, lora=True, decay=0.995, betas=(0.0, 0.99),
-                       switch_every=((4, 14), (30, 100))),
+                       witness=0.06, switch_every=((4, 14), (30, 100))),
 }
 CRITIC = "critic.pt"  # as the latest stage left it
 LORA_BEFORE = "lora_before.pt"  # where there is one, a LoRA is trained on
@@ -135,6 +137,8 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
     torch.manual_seed(seed)
     teacher = Teacher(teacher_model, embed(text, words.ids([""]).to(device)), batch, dtype)
     loss = Matching(teacher, critic) if how.critic else Following(teacher)
+    if how.witness:
+        loss = Witnessed(loss, folder, how.witness, batch, device)
     sources = [attrgetter(name) for name, _ in fast.named_parameters()]
     rng, prompts = random.Random(seed), torch.Generator().manual_seed(seed)
     videos = lesson = scenes = next_switch = None
@@ -163,6 +167,8 @@ def train(folder: Path, ranks: Ranks, stage: str, *, steps: int, device: str, se
                 next_switch += same.randint(*rhythm)
             elif how.lora and videos.block > WINDOW and same.random() < JUMPS:
                 videos.jump(BLOCK * same.randrange(max(1, (FARTHEST - videos.ahead) // BLOCK)))
+        if how.witness:
+            loss.tell(scenes)
         chosen = same.randrange(len(SIGMAS))
         losses = lesson(chosen)
         ranks.average_gradients(weights + critic_weights)

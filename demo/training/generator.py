@@ -95,9 +95,8 @@ class Store:
             cover, speed = subject_cover(script.to(device), frames, PIXELS), scenery_speed(script.to(device), frames)
             cover, speed = (torch.cat([x[:, :1], x[:, 1:].unflatten(1, (-1, 4)).amax(2)], 1) for x in (cover, speed))
             weights.append((SUBJECT * cover + SCENERY * speed[..., None, None]).half())  # a latent is 4 frames
-            pixels = draw(script.to(device), frames, batch=2048).transpose(1, 2).float() / 127.5 - 1
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-                latents.append(((vaes.encode(vae, pixels)[0].float().transpose(1, 2) - mean) / std).bfloat16())
+            pixels = draw(script.to(device), frames, batch=2048)
+            latents.append(vaes.latents_of(vae, mean, std, pixels).bfloat16())
         self.latents, self.weights = torch.cat(latents), torch.cat(weights)
         self.switch = torch.cat([switch_block(script) for script in scripts]).to(device)
         rng = random.Random(seed)

@@ -41,6 +41,13 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return unpatchify(torch.cat([first, rest], 2), vae.config.patch_size or 1)
 
 
+def latents_of(vae: AutoencoderKLWan, mean: Tensor, std: Tensor, clips: Tensor) -> Tensor:
+    """Drawn clips, uint8 [B, T, 3, H, W] → normalised latents [B, F, 16, h, w]. vae, mean, std: as from `load`."""
+    pixels = clips.transpose(1, 2).float() / 127.5 - 1
+    with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+        return (encode(vae, pixels)[0].float().transpose(1, 2) - mean) / std
+
+
 def _causal_convolutions(module: torch.nn.Module) -> int:
     return sum(type(part).__name__ == "WanCausalConv3d" for part in module.modules())
 
@@ -163,9 +170,17 @@ def psnr(vae: AutoencoderKLWan, device: str, clips: int) -> float:
 def load(folder: Path, device: str) -> tuple[AutoencoderKLWan, Tensor, Tensor]:
     """The trained VAE, and its latents' mean and std [16, 1, 1]."""
     kept = torch.load(folder / "vae.pt", map_location=device, weights_only=True)
-    vae = AutoencoderKLWan(**SIZES, latents_mean=kept["mean"], latents_std=kept["std"]).to(device)
+    vae = AutoencoderKLWan(**SIZES, latents_mean=kept["mean"], latents_std=kept["std"])
     vae.load_state_dict(kept["state"])
-    mean, std = (torch.tensor(kept[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
-    return vae.eval().requires_grad_(False), mean, std
+    return _ready(vae, device)
 
 
+def load_exported(folder: Path, device: str) -> tuple[AutoencoderKLWan, Tensor, Tensor]:
+    """The same from the folder `vae` of a checkpoint, in float32."""
+    return _ready(AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32), device)
+
+
+def _ready(vae: AutoencoderKLWan, device: str) -> tuple[AutoencoderKLWan, Tensor, Tensor]:
+    mean, std = (torch.tensor(value, device=device).view(-1, 1, 1)
+                 for value in (vae.config.latents_mean, vae.config.latents_std))
+    return vae.to(device).eval().requires_grad_(False), mean, std
