@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                              "grow; 0: none")
     parser.add_argument("--also", nargs="+", action="append", default=[], metavar=("N", "key=value"),
                         help="a further video of N latents, of the same weights under other settings: 36 height=720 "
-                             "width=1280, or 240 vae=taehv vae_ckpt=random; may be repeated")
+                             "width=1280, or 240 vae=taehv vae_ckpt=random; after a short one; may be repeated")
     parser.add_argument("--cold", type=int, default=2, metavar="N",
                         help="fresh processes that are timed, one after the other: from the second on they find "
                              "Triton's kernels compiled and files in memory; 0: none")
@@ -75,8 +75,12 @@ def make_videos(engine: Engine, args: argparse.Namespace, overrides: list[str], 
     def under(settings: list[str]) -> Engine:
         return with_config(engine, load_config(None, [*overrides, *settings]), args.size)
 
-    first = (engine.config.window or 0) + 2 * engine.config.num_frame_per_block
-    yield make(engine, "first", timeline(engine, first), folder)
+    def first(engine: Engine, name: str) -> Video:
+        """A short one, which finds nothing ready."""
+        latents = (engine.config.window or 0) + 2 * engine.config.num_frame_per_block
+        return make(engine, name, timeline(engine, latents), folder)
+
+    yield first(engine, "first")
     for n in args.latents:
         yield make(engine, f"single-{n}", timeline(engine, n), folder)
     if args.switches:
@@ -89,6 +93,7 @@ def make_videos(engine: Engine, args: argparse.Namespace, overrides: list[str], 
     for number, (latents, *settings) in enumerate(args.also, 1):
         one = under(settings)
         print(f"also-{number}-{latents}: {' '.join(settings)}", flush=True)
+        yield first(one, f"also-{number}-first")
         yield make(one, f"also-{number}-{latents}", timeline(one, int(latents)), folder)
 
 
