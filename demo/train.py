@@ -19,6 +19,7 @@ from utils.cli import guarded
 from utils.errors import UserError
 from utils.paths import find_file
 
+AFTER = {"witness", "streaming"}  # stages that leave the generator as it is
 STAGES = ("vae", "generator", "refined", "distilled", "matched", "witness", "streaming")
 STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "matched": 1500,
          "witness": 2500, "streaming": 5000}
@@ -60,7 +61,7 @@ def main() -> None:
     ranks = Ranks()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.start and ranks.first:
-        restore(args.start, args.folder, with_lora=args.stages[0] == "streaming")  # a LoRA is for one generator alone
+        restore(args.start, args.folder, with_lora=set(args.stages) <= AFTER)  # a LoRA is for one generator alone
     ranks.wait()
     for stage in args.stages:
         run(stage, args.folder, ranks, args.scale, args.device, args.seed)

@@ -305,3 +305,15 @@ def test_a_start_that_is_not_there_is_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--start=nothere/vae/config\.json: no such file"):
         train.main()
     assert not (tmp_path / "stages").exists()
+
+
+@pytest.mark.parametrize("stages,with_lora", [("streaming", True), ("witness streaming", True), ("matched", False),
+                                              ("matched witness streaming", False)])
+def test_a_lora_is_gone_on_with_where_its_generator_stays(stages, with_lora, tmp_path, monkeypatch):
+    restored = []
+    monkeypatch.setattr(train, "restore", lambda start, folder, with_lora: restored.append(with_lora))
+    for name in ("run", "look"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path), "--start", "demo/checkpoint", "--stages", *stages.split()])
+    train.main()
+    assert restored == [with_lora]

@@ -1,10 +1,11 @@
-"""Stages 4 to 6: the generator learns from videos that it makes itself, as it will make them: four steps a block, over
-its own K/V cache (Self Forcing, Huang et al. 2025, arXiv:2506.08009). A teacher, the generator of stage 3, is shown
-the student's own past and judges what the student makes at one of its steps.
+"""Stages 4, 5 and 7: the generator learns from videos that it makes itself, as it will make them: four steps a block,
+over its own K/V cache (Self Forcing, Huang et al. 2025, arXiv:2506.08009). A teacher, the generator of stage 3, is
+shown the student's own past and judges what the student makes at one of its steps.
 
 Stage 4 teaches it to get in one step to where the teacher gets in many; stage 5 to make videos such as the teacher's,
-whichever. Both train all weights, on videos of a few seconds. Stage 6 goes on so with a LoRA, on videos of a minute and
-more in which the prompt changes and the cache is refreshed: the video streams on, and the loss is on its newest block.
+whichever. Both train all weights, on videos of a few seconds. Stage 7 goes on so with a LoRA, on videos of a minute and
+more in which the prompt changes and the cache is refreshed: the video streams on, and the loss is on its newest block,
+also that of the witness of stage 6.
 """
 
 import copy
@@ -204,7 +205,7 @@ def successors(scenes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def load_lora(added: nn.ModuleDict, file: Path, device: str) -> None:
-    """Fills a LoRA with the values in a file of stage 6."""
+    """Fills a LoRA with the values in a file of stage 7."""
     for name, parts in torch.load(file, map_location=device, weights_only=True)["lora"].items():
         added[name.replace(".", "/")].load_state_dict(parts)
 
