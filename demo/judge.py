@@ -1,4 +1,5 @@
-"""The judge: reads off a few seconds of video what they show. It knows drawn clips alone, nothing of the generator.
+"""The judge: reads off a few seconds of video what they show. It has learned from drawn clips alone, some of them
+through the VAE, and knows nothing of the generator.
 
     python -m demo.judge train --out demo/judge.safetensors --device cuda
     python -m demo.judge validate --device cuda --out judge.json

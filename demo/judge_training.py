@@ -12,7 +12,7 @@ from torch import Tensor
 from demo.canvas import HEIGHT, WIDTH
 from demo.judge import ATTRIBUTES, COUNT, OF_SUBJECT, SHORTEST, STRIDE, WINDOW, Judge, Network
 from demo.training import vae as vaes
-from demo.training.clips import BLOCK
+from demo.training.clips import BLOCK, random_manner
 from demo.training.muon import Muon
 from demo.training.progress import cosine, set_rate
 from demo.world import CATEGORIES, HELD_OUT, STYLE, Manner, Script, draw, frames_of, paint, sample
@@ -36,17 +36,6 @@ def random_script(clips: int, generator: torch.Generator, other_count: float = S
 def labels(script: Script) -> dict[str, Tensor]:
     """What clips of one scene show, each attribute's index [B]."""
     return {name: script.scenes[:, 0, i] for i, name in enumerate(CATEGORIES)} | {COUNT: script.copies}
-
-
-def random_manner(clips: int, generator: torch.Generator, device) -> Manner:
-    """So that motion and camera are told by what they are, not by what comes with them. Without this a subject that
-    drifts was known by its bobbing, two pixels up and down, and not by the scenery that passes; and one that did not
-    keep its place, before scenery that stood still, was taken for a moving camera."""
-    def uniform(low: float, high: float) -> Tensor:
-        return (torch.rand(clips, generator=generator) * (high - low) + low).to(device)
-
-    return Manner(tempo=uniform(0.87, 1.15), camera=uniform(0.75, 1.15), bob=uniform(-0.8, 1.2).clamp(min=0),
-                  wobble=uniform(-1.5, 2.0).clamp(min=0), stray=uniform(-12, 18).clamp(min=0))
 
 
 def draw_seen(script: Script, frames: int = WINDOW, manner: Manner | None = None) -> Tensor:
@@ -158,7 +147,7 @@ def accuracy(network: Network, clips: Tensor, truth: dict[str, Tensor], batch: i
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains; a run that was stopped goes on from its checkpoint. Each step's clips depend on seed and step alone."""
+    """Trains; a run that was stopped goes on from its checkpoint. A step's clips depend on seed, step and VAE alone."""
     torch.manual_seed(args.seed)
     network = (Judge.load(args.start).network.train().requires_grad_(True) if args.start else Network()).to(args.device)
     filters = [p for p in network.parameters() if p.dim() > 3]
@@ -250,9 +239,13 @@ class Store:
 def _save(path: Path, args: argparse.Namespace, network, optimizers, step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    torch.save({"step": step, "of": [args.steps, args.batch, args.seed, args.lr], "network": network.state_dict(),
+    torch.save({"step": step, "of": _settings(args), "network": network.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, part)
     part.replace(path)
+
+
+def _settings(args: argparse.Namespace) -> list:
+    return [args.steps, args.batch, args.seed, args.lr, str(args.vae)]
 
 
 def _resume(path: Path, args: argparse.Namespace, network, optimizers) -> int:
@@ -260,8 +253,8 @@ def _resume(path: Path, args: argparse.Namespace, network, optimizers) -> int:
     if not path.exists():
         return 0
     state = torch.load(path, map_location=args.device, weights_only=True)
-    if state["of"] != [args.steps, args.batch, args.seed, args.lr]:
-        print(f"{path} is of another run (steps, batch, seed, lr: {state['of']}); begins anew", flush=True)
+    if state["of"] != _settings(args):
+        print(f"{path} is of another run (steps, batch, seed, lr, VAE: {state['of']}); begins anew", flush=True)
         return 0
     network.load_state_dict(state["network"])
     for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):

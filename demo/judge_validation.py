@@ -11,7 +11,8 @@ from torch import Tensor
 
 from demo.canvas import HEIGHT, WIDTH
 from demo.judge import APPEARANCE, ATTRIBUTES, COUNT, OF_SUBJECT, SHORTEST, SIZES, WINDOW, Judge
-from demo.judge_training import Decoder, labels, random_manner, random_script, worsen
+from demo.judge_training import Decoder, labels, random_script, worsen
+from demo.training.clips import random_manner
 from demo.videos import read_video
 from demo.world import FPS, draw
 from utils.video import Mp4Writer

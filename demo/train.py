@@ -15,6 +15,7 @@ from demo.training.curves import plot
 from demo.training.export import export, restore
 from demo.training.looks import look
 from demo.training.ranks import Ranks
+from demo.training.witness import find_witness
 from utils.cli import guarded
 from utils.errors import UserError
 from utils.paths import find_file
@@ -24,7 +25,7 @@ STAGES = ("vae", "generator", "refined", "distilled", "matched", "witness", "str
 STEPS = {"vae": 7000, "generator": 4200, "refined": 3600, "distilled": 1500, "matched": 1500,
          "witness": 2500, "streaming": 5000}
 
-CLIPS = 8192  # drawn for the VAE, and again for the generator
+CLIPS = 8192  # drawn for the VAE, and again for the generator and for the witness
 
 
 def run(stage: str, folder: Path, ranks: Ranks, scale: float, device: str, seed: int) -> None:
@@ -51,12 +52,15 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps; 0.01 to try it out")
     parser.add_argument("--start", type=Path, metavar="CHECKPOINT",
-                        help="take the stages before --stages from there, such as demo/checkpoint")
+                        help="take the stages before --stages from there, such as demo/checkpoint; where only witness "
+                             "and streaming are to come, go on with its LoRA")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.start:
         found = find_file(f"{args.start}/vae/config.json", "--start", "give a folder such as demo/checkpoint")
         args.start = found.parent.parent
+    if "streaming" in args.stages and "witness" not in args.stages[:args.stages.index("streaming")]:
+        find_witness(args.folder)
     torch.backends.cudnn.benchmark = True
     ranks = Ranks()
     args.folder.mkdir(parents=True, exist_ok=True)

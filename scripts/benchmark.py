@@ -76,7 +76,7 @@ def make_videos(engine: Engine, args: argparse.Namespace, overrides: list[str], 
         return with_config(engine, load_config(None, [*overrides, *settings]), args.size)
 
     def first(engine: Engine, name: str) -> Video:
-        """A short one, which finds nothing ready."""
+        """A short one, which finds nothing ready and leaves all ready for the next."""
         latents = (engine.config.window or 0) + 2 * engine.config.num_frame_per_block
         return make(engine, name, timeline(engine, latents), folder)
 
@@ -93,7 +93,7 @@ def make_videos(engine: Engine, args: argparse.Namespace, overrides: list[str], 
     for number, (latents, *settings) in enumerate(args.also, 1):
         one = under(settings)
         print(f"also-{number}-{latents}: {' '.join(settings)}", flush=True)
-        yield first(one, f"also-{number}-first")
+        first(one, "warm")
         yield make(one, f"also-{number}-{latents}", timeline(one, int(latents)), folder)
 
 

@@ -170,8 +170,7 @@ def test_whole_run(tmp_path, capsys):
                     "--gpus", "2", "--json", str(file),
                     "--also", "9", "height=48", "vae=taehv", "vae_ckpt=random", "--also", "9", "width=32"])
     results = json.loads(file.read_text("utf-8"))
-    names = ["first", "single-9", "switches-9", "absolute-12", "endless-12", "also-1-first", "also-1-9",
-             "also-2-first", "also-2-9"]
+    names = ["first", "single-9", "switches-9", "absolute-12", "endless-12", "also-1-9", "also-2-9"]
     assert [video["name"] for video in results["videos"]] == names
     for video in results["videos"]:
         assert video["frames"] == 4 * video["latents"] - 3 and len(video["block_series"]) == video["latents"] // 3

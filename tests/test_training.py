@@ -1,6 +1,7 @@
 """What the training computes is what the generator computes when it makes a video."""
 
 import dataclasses
+import itertools
 import shutil
 from types import SimpleNamespace
 
@@ -201,6 +202,34 @@ def test_a_witness_is_told_how_far_the_camera_moves(monkeypatch):
     assert best == pytest.approx({1.0: 0.98, 0.5: 0.5, 0.0: 0.02})
 
 
+def test_a_witness_sees_the_latest_blocks_and_is_told_their_scenes(tmp_path, monkeypatch):
+    torch.save(witness.Witness().state_dict(), tmp_path / witness.FILE)
+    loss = witness.Witnessed(lambda *args: {}, tmp_path, 1.0, 2, "cpu")
+    seen = []
+    monkeypatch.setattr(loss.witness, "loss", lambda *told: seen.append(told) or {"all": torch.zeros(())})
+    for scene in range(4):
+        loss.tell(torch.full((2, 6), scene))
+    past = torch.arange(3.0).view(3, 1, 1, 1, 1, 1).expand(3, 2, 3, 16, 14, 24)  # of which the first is the sink
+    loss(SimpleNamespace(past=lambda: past), None, 1.0, torch.full((2, 3, 16, 14, 24), 3.0))
+    (latents, scenes), = seen
+    assert latents[:, :, 0, 0, 0].tolist() == [[1, 1, 1, 2, 2, 2, 3, 3, 3]] * 2
+    assert scenes[..., 0].tolist() == [[1, 1], [2, 2], [3, 3]]
+
+
+def test_clips_of_a_witness_change_their_scene_at_the_switch():
+    store = object.__new__(witness.Store)
+    store.latents = torch.arange(21.0).div(3, rounding_mode="floor").view(1, 21, 1, 1, 1).expand(2, 21, 16, 14, 24)
+    store.scenes = torch.tensor([[[1] * 6, [2] * 6]] * 2)
+    store.switch, store.moved = torch.tensor([4, 0]), torch.tensor([0.25, 1.0])
+    latents, scenes, moved = store.batch(64)
+    blocks = latents[:, ::3, 0, 0, 0].T  # [BLOCKS, B], the index of each
+    assert (blocks.diff(dim=0) == 1).all() and set(blocks[0].tolist()) == {0, 1, 2, 3, 4}
+    switches = moved == 0.25
+    assert switches.any() and not switches.all()
+    second = (blocks >= 4) & switches
+    assert torch.equal(scenes, torch.where(second, 2, 1)[..., None].expand(-1, -1, 6))
+
+
 def test_a_video_is_moved_to_where_a_witness_sees_its_scene(tmp_path):
     torch.manual_seed(0)
     torch.save(witness.Witness().state_dict(), tmp_path / witness.FILE)
@@ -252,7 +281,7 @@ def tiny_training(monkeypatch):
         for stage, how in forcing.STAGES.items()})
 
 
-def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_training, tmp_path, capsys):
+def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_training, tmp_path, capsys, monkeypatch):
     ranks, stages = Ranks(), tmp_path / "stages"
     stages.mkdir()
     vaes.train(stages, steps=3, device="cpu", clips=1, crop=(1, 3, 5, 32, 32), whole=(1, 3, 5, 64, 64), measured=1)
@@ -262,12 +291,18 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
     generator.train(stages, ranks, "refined", steps=2, device="cpu", clips=2)
     with pytest.raises(UserError, match=r"witness\.pt: no such file; train the witness first"):
         forcing.train(stages, ranks, "streaming", steps=1, device="cpu", batch=1)
-    witness.train(stages, steps=2, device="cpu", clips=2, batch=2)
+    for steps in (1, 2):
+        witness.train(stages, steps=steps, device="cpu", clips=2, batch=2)
+    assert "witness: goes on at step 1 of 2" in capsys.readouterr().out
+    told, tell = [], witness.Witnessed.tell
+    monkeypatch.setattr(witness.Witnessed, "tell", lambda one, scenes: told.append(scenes) or tell(one, scenes))
     for stage, steps in (("distilled", 5), ("matched", 5), ("streaming", 7)):
         forcing.train(stages, ranks, stage, steps=steps, device="cpu", batch=1)
     assert {file.name for file in (stages / "curves").iterdir()} == {
         f"{stage}.json" for stage in ("vae", "reading", "generator", "refined", "distilled", "matched", "witness",
                                           "streaming")}
+    changed = [bool((one != two).any()) for one, two in itertools.pairwise(told)]
+    assert changed == [False, True, False, True, True, False]  # at every second block, and when new videos begin
 
     for stage in ("generator", "refined", "distilled", "matched", "streaming"):
         shares = look(stages, stage, "cpu", videos=2)
@@ -293,6 +328,12 @@ def test_every_stage_runs_goes_on_and_makes_a_checkpoint_that_loads(tiny_trainin
         assert (restored[name] - value).abs().max() <= 0.005 * (first[name] - value).abs().max() + 1e-6
 
     shutil.copy(stages / witness.FILE, again)
+    other = tmp_path / "other"  # whose generator is not the checkpoint's
+    other.mkdir()
+    shutil.copy(stages / "distilled.pt", other / "matched.pt")
+    restore(tmp_path / "checkpoint", other)
+    assert (other / "vae.pt").exists() and not (other / forcing.LORA_BEFORE).exists()
+
     forcing.train(again, ranks, "streaming", steps=1, device="cpu", batch=1)  # in which only the critic learns
     before, after = (torch.load(folder / "streaming.pt", weights_only=True)["lora"] for folder in (stages, again))
     for name, parts in before.items():
@@ -314,6 +355,16 @@ def test_a_lora_is_gone_on_with_where_its_generator_stays(stages, with_lora, tmp
     monkeypatch.setattr(train, "restore", lambda start, folder, with_lora: restored.append(with_lora))
     for name in ("run", "look"):
         monkeypatch.setattr(train, name, lambda *_: None)
+    (tmp_path / witness.FILE).touch()
     monkeypatch.setattr("sys.argv", ["train", str(tmp_path), "--start", "demo/checkpoint", "--stages", *stages.split()])
     train.main()
     assert restored == [with_lora]
+
+
+@pytest.mark.parametrize("stages", ["streaming", "matched streaming", "streaming witness"])
+def test_a_witness_that_is_missing_is_told_before_anything_is_trained(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "run", None)
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path / "stages"), "--stages", *stages.split()])
+    with pytest.raises(UserError, match=r"witness\.pt: no such file; train the witness first"):
+        train.main()
+    assert not (tmp_path / "stages").exists()

@@ -67,7 +67,7 @@ def difference(weights: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str,
 def restore(checkpoint: Path, folder: Path, with_lora: bool = True) -> None:
     """The other way: writes `vae.pt` and the generator, as the result of each of its stages, for later ones to start
     from; for the teacher's stages the teacher, and with_lora for the last one the LoRA, where CHECKPOINT has them. What
-    is in FOLDER already stays."""
+    is in FOLDER already stays; a generator that does gets no LoRA of another."""
     config = read_json(checkpoint / "vae/config.json")
     if not (folder / "vae.pt").exists():
         state = {name: value.float() for name, value in read_folder(checkpoint / "vae").items()}
@@ -77,10 +77,11 @@ def restore(checkpoint: Path, folder: Path, with_lora: bool = True) -> None:
     if (checkpoint / TEACHER).exists():
         away = torch.load(checkpoint / TEACHER, map_location="cpu", weights_only=True)["difference"]
         teacher = {name: generator[name].float() + steps * scale for name, (steps, scale) in away.items()}
+    generators_own = not (folder / stage2.RESULTS[0]).exists()  # no other generator was trained here
     for name in stage2.RESULTS:
         if not (folder / name).exists():
             weights = teacher if name in stage2.TEACHERS else generator
             torch.save({"generator": dict(weights), "text": text}, folder / name)
-    if with_lora and (checkpoint / LORA).exists() and not (folder / forcing.LORA_BEFORE).exists():
+    if with_lora and generators_own and (checkpoint / LORA).exists() and not (folder / forcing.LORA_BEFORE).exists():
         modules = lora_modules(torch.load(checkpoint / LORA, map_location="cpu", weights_only=True)["generator_lora"])
         torch.save({"lora": modules}, folder / forcing.LORA_BEFORE)

@@ -2,10 +2,13 @@
 their gradients are averaged. Without torchrun there is one, and nothing to do."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+WAIT = timedelta(hours=1)  # for the first one, which trains the witness alone
 
 
 class Ranks:
@@ -15,7 +18,7 @@ class Ranks:
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         if self.size > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl")
+            dist.init_process_group("nccl", timeout=WAIT)
 
     @property
     def first(self) -> bool:

@@ -12,6 +12,7 @@ from demo.training.clips import random_script
 from demo.training.muon import Muon
 from demo.training.progress import Average, Progress, Repeated, cosine, set_rate
 from demo.world import HEIGHT, WIDTH, draw, subject_cover
+from utils.checkpoint import folder_files
 
 SIZES = MODELS["toy"].vae
 FRAMES = 17  # of a stored clip: 5 latents
@@ -176,7 +177,8 @@ def load(folder: Path, device: str) -> tuple[AutoencoderKLWan, Tensor, Tensor]:
 
 
 def load_exported(folder: Path, device: str) -> tuple[AutoencoderKLWan, Tensor, Tensor]:
-    """The same from the folder `vae` of a checkpoint, in float32."""
+    """The same from the folder `vae` of a checkpoint, in float32. Raises UserError where a file is missing."""
+    folder_files(folder)
     return _ready(AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32), device)
 
 

@@ -1,6 +1,6 @@
 """A witness: a small network that sees in the latents of the latest blocks what their scene is, also how the subject
 moves and the camera. It learns from drawn clips alone. While the LoRA is trained, the witness is to see in its videos
-what their prompts say; the judge, which measures, reads pixels and has no part in any training of the generator.
+what their prompts say; the judge, which measures, reads pixels and has no part in training the generator.
 
 A teacher who is shown a past in which a pan has become small goes on with a small pan. A witness is told how large pans
 are: of a clip whose camera moves by a share of what it should, it learns that much camera and the rest standing still.
@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo.judge_training import random_manner
 from demo.training import vae as vaes
-from demo.training.clips import BLOCK, random_script, switch_block
+from demo.training.clips import BLOCK, random_manner, random_script, switch_block
 from demo.training.progress import Average, Progress, Repeated, cosine, set_rate
 from demo.training.teacher import noisy
-from demo.world import CATEGORIES, CHOICES, HEIGHT, WIDTH, draw
+from demo.world import CATEGORIES, CHOICES, HEIGHT, WIDTH, Manner, draw
 from utils.errors import UserError
 from wan.geometry import PIXELS
 
@@ -80,11 +79,11 @@ class Store:
         for first in range(0, clips, batch):
             generator = torch.Generator().manual_seed(seed + 49979687 + first)
             script = random_script(min(batch, clips - first), frames, generator, held_out)
-            manner = random_manner(len(script), generator, device)
-            exact, less = (torch.rand(len(script), generator=generator).to(device) for _ in range(2))
-            for name, value in (("tempo", 1), ("camera", 1), ("bob", 1), ("wobble", 0), ("stray", 0)):
-                chosen = less if name == "camera" else getattr(manner, name)
-                setattr(manner, name, torch.where(exact < EXACT, value, chosen))
+            own, other = Manner.exact(len(script), device), random_manner(len(script), generator, device)
+            exact, camera = (torch.rand(len(script), generator=generator).to(device) for _ in range(2))
+            manner = Manner(*(torch.where(exact < EXACT, one, two) for one, two in (
+                (own.tempo, other.tempo), (own.camera, camera), (own.bob, other.bob), (own.wobble, other.wobble),
+                (own.stray, other.stray))))
             pixels = draw(script.to(device), frames, batch=2048, manner=manner)
             latents.append(vaes.latents_of(vae, mean, std, pixels).bfloat16())
             moved.append(manner.camera)
@@ -112,10 +111,10 @@ def train(folder: Path, *, steps: int, device: str, seed: int = 0, clips: int = 
     cuda = device != "cpu"
     optimiser = torch.optim.AdamW(witness.parameters(), lr=torch.tensor(rate, device=device), weight_decay=0.02,
                                   capturable=cuda, fused=cuda)
-    progress = Progress(folder, "witness", steps, {"witness": witness, "average": average, "optimiser": optimiser})
     start = time.perf_counter()
     store = Store(folder, clips, device, seed)
     print(f"witness: {clips} clips in {time.perf_counter() - start:.0f} s", flush=True)
+    progress = Progress(folder, "witness", steps, {"witness": witness, "average": average, "optimiser": optimiser})
 
     def learn() -> dict[str, Tensor]:
         with torch.autocast(device, torch.bfloat16, enabled=cuda, cache_enabled=False):
@@ -139,6 +138,13 @@ def train(folder: Path, *, steps: int, device: str, seed: int = 0, clips: int = 
           + "  ".join(f"{name} {share:.3f}" for name, share in right.items()), flush=True)
 
 
+def find_witness(folder: Path) -> Path:
+    """The file with a witness. Raises UserError where there is none."""
+    if not (folder / FILE).exists():
+        raise UserError(f"{folder / FILE}: no such file; train the witness first, --stages witness streaming")
+    return folder / FILE
+
+
 @torch.no_grad()
 def accuracy(witness: Witness, store: Store, draws: int = 8) -> dict[str, float]:
     """Share of what lasts through a stretch that is seen right; of cameras, where they move all the way."""
@@ -150,21 +156,20 @@ def accuracy(witness: Witness, store: Store, draws: int = 8) -> dict[str, float]
         seen = torch.stack([logits.argmax(-1) for logits in witness(latents)], 1)
         right += ((seen == scenes[-1]) & lasting).sum(0)
         count += lasting.sum(0)
-    return dict(zip(CATEGORIES, (right / count).tolist(), strict=True))
+    return dict(zip(CATEGORIES, (right / count.clamp(min=1)).tolist(), strict=True))
 
 
 class Witnessed:
     """A loss, and that a witness sees in the latest blocks what the prompts say.
 
-    loss: as `Matching`. weight: of the witness's cross-entropy beside it.
+    loss: as `Matching`. weight: of the witness's cross-entropy beside it; `witness` among the losses is so weighted.
+    The first two blocks of a video have none.
     """
 
     def __init__(self, loss, folder: Path, weight: float, batch: int, device: str):
         self.loss, self.weight = loss, weight
-        if not (folder / FILE).exists():
-            raise UserError(f"{folder / FILE}: no such file; train the witness first, --stages witness streaming")
         self.witness = Witness().to(device).requires_grad_(False)
-        self.witness.load_state_dict(torch.load(folder / FILE, map_location=device, weights_only=True))
+        self.witness.load_state_dict(torch.load(find_witness(folder), map_location=device, weights_only=True))
         self.scenes = torch.zeros(BLOCKS, batch, len(CATEGORIES), dtype=torch.int64, device=device)
 
     def tell(self, scenes: Tensor) -> None:
