@@ -26,6 +26,7 @@ from scripts.benchmarking.videos import Video, make, timeline
 from utils.cli import guarded
 from utils.config import Config, load_config
 from utils.device import pick_dtype
+from utils.errors import UserError
 
 # What each choice says in the config.
 PRECISIONS = {"auto": [], "bf16": ["dtype=bfloat16"], "fp16": ["dtype=float16"], "fp32": ["dtype=float32"],
@@ -62,6 +63,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="only print what counts of results saved before, beside each other")
     parser.add_argument(processes.CHILD, action="store_true", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)
+
+
+def check_also(also: list[list[str]], overrides: list[str]) -> None:
+    """Raises UserError where a further video can't be made, before the others are."""
+    for latents, *settings in also:
+        if not latents.isdecimal() or not int(latents):
+            raise UserError(f"--also {latents}: its length in latents comes first: --also 36 height=720 width=1280")
+        load_config(None, [*overrides, *settings])
 
 
 def first_frame_and_at_once(args: argparse.Namespace, overrides: list[str]) -> tuple[dict, dict | None]:
@@ -151,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
         return print(report.side_by_side({file.stem: json.loads(file.read_text("utf-8")) for file in args.compare}))
     overrides = [*RESOLUTIONS[args.size], *PRECISIONS[args.precision], *DECODERS[args.decoder], *args.overrides]
     config = load_config(None, overrides)
+    check_also(args.also, overrides)
     with tempfile.TemporaryDirectory(prefix="longlive-benchmark-") as folder:
         if args.child:
             return processes.serve(lambda: random_engine(config, args.size), Path(folder))

@@ -15,6 +15,7 @@ from scripts.benchmarking.random_engine import meta_engine, random_engine
 from scripts.benchmarking.videos import flatness
 from tests.conftest import TINY
 from utils.config import Config, ModelKwargs
+from utils.errors import UserError
 
 # 48×32 pixels: 4×6 latent positions, 2×3 tokens a latent; 18 tokens a block, 36 in the window.
 CONFIG = Config(height=32, width=48, device="cpu", model_kwargs=ModelKwargs(local_attn_size=6, sink_size=3))
@@ -161,6 +162,15 @@ def test_tiny_decoder_stands_in_for_the_vae(tmp_path):
     session = engine.session()
     session.set_prompt("a")
     assert session.step().shape == (9, 32, 48, 3)
+
+
+@pytest.mark.parametrize("also,message", [(["height=48"], "--also height=48: its length in latents comes first"),
+                                          (["0", "height=48"], "--also 0: its length in latents comes first"),
+                                          (["9", "vea=taehv"], "unknown key vea; did you mean vae?")])
+def test_a_further_video_that_cannot_be_made_is_told_before_the_others_are(also, message, monkeypatch):
+    monkeypatch.setattr(benchmark, "run", None)
+    with pytest.raises(UserError, match=message):
+        benchmark.main(["--size", "toy", "device=cpu", "--also", *also])
 
 
 def test_whole_run(tmp_path, capsys):
