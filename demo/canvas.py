@@ -25,6 +25,7 @@ class Frames:
     travel: Tensor  # how far the camera has gone to the right
     zoom: Tensor
     copies: Tensor
+    fine: Tensor  # how much narrower the scenery's things are, which move as they do
 
     def __len__(self) -> int:
         return len(self.time)

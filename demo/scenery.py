@@ -44,7 +44,7 @@ class View:
         """World coordinates x [N, 1, W], y [N, H, 1] of the pixels at a depth: 0 infinitely far, 1 the subject's."""
         zoom = (1 + (self.frames.zoom - 1) * depth)[:, None, None]
         x = (self.x - CENTRE[0]) / zoom + depth * self.frames.travel[:, None, None] + 1000
-        return x, (self.y - CENTRE[1]) / zoom + CENTRE[1]
+        return x * self.frames.fine[:, None, None], (self.y - CENTRE[1]) / zoom + CENTRE[1]
 
     def lit(self, *colour: float) -> Tensor:
         return rgb(*colour, like=self.sky) * self.ambient

@@ -129,20 +129,21 @@ def sample(clips: int, scenes: int, generator: torch.Generator, held_out: bool =
 @dataclass
 class Manner:
     """How clips keep to what their scenes say, as factors [B] of what the world does: its tempo, how far the camera
-    moves, how much a drifting subject bobs and leans; and pixels by which every subject bobs, whatever its motion, and
-    slowly strays to the left and to the right."""
+    moves, how much a drifting subject bobs and leans; pixels by which every subject bobs, whatever its motion, and
+    slowly strays to the left and to the right; and how much narrower all is that the scenery is made of."""
 
     tempo: Tensor
     camera: Tensor
     bob: Tensor
     wobble: Tensor
     stray: Tensor
+    fine: Tensor
 
     @staticmethod
     def exact(clips: int, device) -> "Manner":
         """The world's own."""
         one = torch.ones(clips, device=device)
-        return Manner(one, one, one, 0 * one, 0 * one)
+        return Manner(one, one, one, 0 * one, 0 * one, one)
 
 
 def weights(values: Tensor, starts: Tensor, t: Tensor, choices: int, seconds: float) -> Tensor:
@@ -188,7 +189,7 @@ def frames_of(script: Script, frames: int, manner: Manner | None = None) -> Fram
         time=flat(clock), style=flat(style), shown={name: flat(value) for name, value in shown.items()},
         x=flat(anchor_x + x - pan), y=flat(anchor_y + y), angle=flat(torch.atan2(tilt_y, tilt_x)),
         squash=flat(squash), size=flat(size), travel=flat(scroll + pan), zoom=flat(zoom),
-        copies=flat(script.copies[:, None].expand(-1, frames)),
+        copies=flat(script.copies[:, None].expand(-1, frames)), fine=flat(manner.fine[:, None].expand(-1, frames)),
     )
 
 

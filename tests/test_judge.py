@@ -235,12 +235,12 @@ def test_is_right_on_decoded_clips():
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="the judge is not trained yet")
-@pytest.mark.parametrize("bob,wobble", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.5)])
-def test_a_drift_is_told_by_the_scenery_that_passes(bob, wobble):
-    """And not by the bobbing that comes with it in the world."""
+@pytest.mark.parametrize("bob,wobble,fine", [(0.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.5, 1.0), (0.0, 0.0, 1.8)])
+def test_a_drift_is_told_by_the_scenery_that_passes(bob, wobble, fine):
+    """And not by the bobbing that comes with it in the world, nor by how wide things are in it."""
     script = random_script(80, torch.Generator().manual_seed(3), other_count=0)
     script = script[script.scenes[:, 0, CATEGORIES.index("motion")] < 2]
     one = torch.ones(len(script))
-    seen = draw_seen(script, manner=Manner(one, one, bob * one, wobble * one, 0 * one))
+    seen = draw_seen(script, manner=Manner(one, one, bob * one, wobble * one, 0 * one, fine * one))
     right = accuracy(Judge.load().network, (255 * seen).round().to(torch.uint8), labels(script), 8)
     assert len(script) > 12 and right["motion"] > 0.9, right

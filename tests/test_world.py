@@ -129,6 +129,20 @@ def test_manners():
     torch.testing.assert_close(wide / narrow, torch.tensor(2.0))
 
 
+def test_finer_scenery_is_narrower_and_passes_as_fast():
+    def dashes(fine: float):  # on a street, of 48 pixels each
+        script = clip(changed(SCENE, motion="drift right", setting="city", light="noon"))
+        return draw(script, 33, manner=manner(fine=fine))[0, :, 2, 101] > 120
+
+    def edges(row: torch.Tensor) -> int:
+        return (row[1:] & ~row[:-1]).sum()
+
+    usual, finer = dashes(1.0), dashes(2.0)
+    assert edges(finer[0]) in (2 * edges(usual[0]) - 1, 2 * edges(usual[0]), 2 * edges(usual[0]) + 1)
+    for rows in (usual, finer):
+        assert (rows[0, 60:] == rows[32, :-60]).float().mean() > 0.9  # 30 pixels a second
+
+
 def test_held_out_combinations_are_never_sampled_for_training():
     generator = torch.Generator().manual_seed(0)
     assert not is_held_out(sample(500, 4, generator)).any()

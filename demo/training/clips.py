@@ -36,13 +36,15 @@ def random_script(clips: int, frames: int, generator: torch.Generator, held_out:
 
 def random_manner(clips: int, generator: torch.Generator, device) -> Manner:
     """So that motion and camera are told by what they are, not by what comes with them. Without this a subject that
-    drifts was known by its bobbing, two pixels up and down, and not by the scenery that passes; and one that did not
-    keep its place, before scenery that stood still, was taken for a moving camera."""
+    drifts was known by its bobbing, two pixels up and down, and not by the scenery that passes; one that did not keep
+    its place, before scenery that stood still, was taken for a moving camera; and houses that passed, but were narrower
+    than any that had been drawn, for standing still."""
     def uniform(low: float, high: float) -> Tensor:
         return (torch.rand(clips, generator=generator) * (high - low) + low).to(device)
 
     return Manner(tempo=uniform(0.87, 1.15), camera=uniform(0.75, 1.15), bob=uniform(-0.8, 1.2).clamp(min=0),
-                  wobble=uniform(-1.5, 2.0).clamp(min=0), stray=uniform(-12, 18).clamp(min=0))
+                  wobble=uniform(-1.5, 2.0).clamp(min=0), stray=uniform(-12, 18).clamp(min=0),
+                  fine=uniform(-0.4, 0.65).exp())
 
 
 def switch_block(script: Script) -> Tensor:

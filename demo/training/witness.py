@@ -7,6 +7,7 @@ are: of a clip whose camera moves by a share of what it should, it learns that m
 """
 
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -81,9 +82,9 @@ class Store:
             script = random_script(min(batch, clips - first), frames, generator, held_out)
             own, other = Manner.exact(len(script), device), random_manner(len(script), generator, device)
             exact, camera = (torch.rand(len(script), generator=generator).to(device) for _ in range(2))
-            manner = Manner(*(torch.where(exact < EXACT, one, two) for one, two in (
-                (own.tempo, other.tempo), (own.camera, camera), (own.bob, other.bob), (own.wobble, other.wobble),
-                (own.stray, other.stray))))
+            other = replace(other, camera=camera, fine=own.fine)
+            manner = Manner(*(torch.where(exact < EXACT, getattr(own, field.name), getattr(other, field.name))
+                              for field in fields(Manner)))
             pixels = draw(script.to(device), frames, batch=2048, manner=manner)
             latents.append(vaes.latents_of(vae, mean, std, pixels).bfloat16())
             moved.append(manner.camera)
