@@ -18,6 +18,7 @@ from demo.training.progress import cosine, set_rate
 from demo.world import CATEGORIES, HELD_OUT, STYLE, Manner, Script, draw, frames_of, paint, sample
 
 SHARE_OTHER_COUNT = 0.12  # of clips with no subject, and the same of clips with two
+PART = 64  # clips drawn at a time
 DECODED = 3  # every third part of the stored clips went through the VAE
 MARGIN = 5  # frames of these before the window: the first latent of a video is one frame, which is not like the others
 SHARE_WHOLE = 0.65  # of steps whose clips are whole windows; the others show appearance alone
@@ -204,7 +205,7 @@ class Store:
                    for i in range(0, clips, batch)]
         self.clips = torch.empty(clips, WINDOW // STRIDE, 3, HEIGHT, WIDTH, dtype=torch.uint8, device=device)
         filled = 0  # in place: all of them twice would not fit some GPUs
-        parts = [script[i:i + 64] for script in scripts for i in range(0, len(script), 64)]
+        parts = [script[i:i + 64] for script in scripts for i in range(0, len(script), PART)]
         on_device = torch.Generator(device).manual_seed(seed)
         for number, part in enumerate(parts):
             manner = random_manner(len(part), torch.Generator().manual_seed(seed * 10**7 + filled), device)

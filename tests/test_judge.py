@@ -166,9 +166,10 @@ def test_decodes_windows_that_look_like_drawn_ones(monkeypatch):
     assert ((disturbed.float() - drawn).square().mean((1, 2, 3, 4)) > error).all()
 
 
-def test_trains_validates_and_goes_on_where_it_was(tmp_path, capsys):
+def test_trains_validates_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge_training, "PART", 2)  # so two of three clips are decoded ones
     out = tmp_path / "judge.safetensors"
-    common = ["train", "--out", str(out), "--steps", "2", "--batch", "2", "--test-clips", "2", "--clips", "65",
+    common = ["train", "--out", str(out), "--steps", "2", "--batch", "2", "--test-clips", "2", "--clips", "3",
               "--device", "cpu", "--seconds-between-saves", "0"]
     main([*common, "--seconds-between-reports", "0"])
     whole = out.read_bytes()
