@@ -205,7 +205,7 @@ class Store:
                    for i in range(0, clips, batch)]
         self.clips = torch.empty(clips, WINDOW // STRIDE, 3, HEIGHT, WIDTH, dtype=torch.uint8, device=device)
         filled = 0  # in place: all of them twice would not fit some GPUs
-        parts = [script[i:i + 64] for script in scripts for i in range(0, len(script), PART)]
+        parts = [script[i:i + PART] for script in scripts for i in range(0, len(script), PART)]
         on_device = torch.Generator(device).manual_seed(seed)
         for number, part in enumerate(parts):
             manner = random_manner(len(part), torch.Generator().manual_seed(seed * 10**7 + filled), device)

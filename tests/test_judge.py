@@ -168,11 +168,15 @@ def test_decodes_windows_that_look_like_drawn_ones(monkeypatch):
 
 def test_trains_validates_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(judge_training, "PART", 2)  # so two of three clips are decoded ones
+    decoded, decode = [], Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda one, script, *how: decoded.append(len(script)) or decode(
+        one, script, *how))
     out = tmp_path / "judge.safetensors"
     common = ["train", "--out", str(out), "--steps", "2", "--batch", "2", "--test-clips", "2", "--clips", "3",
               "--device", "cpu", "--seconds-between-saves", "0"]
     main([*common, "--seconds-between-reports", "0"])
     whole = out.read_bytes()
+    assert decoded == [2]
     assert "step 2 loss" in capsys.readouterr().out and not list(tmp_path.glob("*.pt"))
 
     class Stopped(Exception):
