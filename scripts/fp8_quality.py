@@ -1,9 +1,11 @@
-"""What FP8 costs in quality: the same video in full precision and in FP8.
+"""What 8 bits cost: how far `precision=fp8` is from full precision, given the same latents and the same past.
 
-Prints how far the flow in FP8 is from that in full precision at each denoising step, both given the same latents; the
-PSNR between the two videos, each made from the same noise by itself and decoded in full precision; and that between the
-same latents decoded in full precision and with 8 bits, infinite where the decoder stays as it is. On a CPU the plain
-versions, which are slow, stand in for what a GPU computes.
+Prints the error of the generator's flow at each denoising step and that of a whole block's clean latents, relative to
+full precision, and the PSNR between the frames that the two decoders make of the same latents, infinite where the
+decoder stays as it is. On a CPU the plain versions, which are slow, stand in for what a GPU computes.
+
+Two videos that are each made by themselves are not compared: they drift apart, as those of two processors do. What 8
+bits do to how videos look is measured by `python -m demo.evaluate --only main precision`.
 """
 
 import argparse
@@ -12,22 +14,24 @@ import dataclasses
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo.random_weights import SIZES
 from pipeline.engine import Engine
 from pipeline.precision import decoder_in_precision, in_precision
+from pipeline.sampler import denoise_block
+from pipeline.session import Session
 from scripts.benchmarking.random_engine import random_engine
 from utils.cli import guarded
 from utils.config import load_config
+from utils.device import upload
 from wan import fp8_decoder
 from wan.fp8 import to_fp8
 from wan.model import CausalWan
@@ -38,43 +42,76 @@ PROMPT = "a red ball bounces on the grass"
 
 
 @dataclass
-class Quality:
-    flow: dict[float, list[float]]  # timestep → ‖FP8 − full‖ / ‖full‖ of each block
-    psnr: list[float]  # dB between the frames of each block
-    decoder: list[float]  # dB between those that the two decoders make of each block
+class Errors:
+    """Of a generator, ‖8 bits − full‖ / ‖full‖."""
+
+    flow: dict[float, list[float]]  # timestep → of the flow in each block
+    block: list[float]  # of each block's clean latents, made from the same noise
+    latents: Tensor  # float32 [1, N, 16, h, w]: those that the past was made of
+
+    def flows(self) -> list[float]:
+        """Of all timesteps and blocks."""
+        return [error for errors in self.flow.values() for error in errors]
 
 
-class SideBySide(nn.Module):
-    """A generator that returns what `full` does, and notes how far from it `fp8` is on the same latents."""
-
-    def __init__(self, full: CausalWan, fp8: CausalWan):
-        super().__init__()
-        self.full, self.fp8 = full, fp8
-        self.config, self.patch_embedding, self.encode_text = full.config, full.patch_embedding, full.encode_text
-        self.errors: dict[float, list[Tensor]] = defaultdict(list)
-
-    def cache_type(self, **sizes) -> "SideBySideCache":
-        return SideBySideCache([model.cache_type(**sizes) for model in (self.full, self.fp8)])
-
-    def forward(self, latents, t, position, rope, cache, text, want_flow=True) -> Tensor | None:
-        flow, other = (model(latents, t, position, rope, one, text, want_flow)
-                       for model, one in zip((self.full, self.fp8), cache.caches, strict=True))
-        if want_flow:
-            self.errors[t].append((other - flow).norm() / flow.norm())
-        return flow
+def generator_in_8_bits(engine: Engine) -> CausalWan:
+    """A copy of the engine's generator, which is in full precision."""
+    model = copy.deepcopy(engine.generator)
+    return to_fp8(model, engine.device) if engine.device.type == "cpu" else in_precision(model, "fp8", engine.device)
 
 
-class SideBySideCache:
-    def __init__(self, caches: list):
-        self.caches = caches
+def decoder_in_8_bits(engine: Engine) -> WanVAE | TinyDecoder:
+    """A copy of the engine's decoder; on a CPU with 8 bits wherever some GPU might have them."""
+    decoder = copy.deepcopy(engine.decoder)
+    if engine.device.type == "cpu" and isinstance(decoder, WanVAE):
+        return fp8_decoder.to_fp8(decoder, engine.device, wanted=lambda conv, device: True)
+    return decoder_in_precision(decoder, "fp8", engine.device)
 
-    def begin(self, position: int, frames: int) -> None:
-        for cache in self.caches:
-            cache.begin(position, frames)
 
-    def rewind(self, keep_sink: bool) -> None:
-        for cache in self.caches:
-            cache.rewind(keep_sink)
+@torch.inference_mode()
+def generator_errors(engine: Engine, eight: CausalWan, blocks: int, prompt: str,
+                     past: Tensor | None = None) -> Errors:
+    """How far `eight` is from the engine's generator in each of `blocks` blocks, given the same latents and past.
+
+    past: clean latents [1, N, 16, h, w] that the caches are filled from; without it those that full precision makes.
+    """
+    sessions = [_session(engine, generator) for generator in (engine.generator, eight)]
+    embeds = upload(engine.encode(prompt), engine.device)
+    texts = [session.generator.encode_text(embeds) for session in sessions]
+    size, noise, steps = engine.config.num_frame_per_block, sessions[0].noise, sessions[0].steps
+    errors = Errors(defaultdict(list), [], torch.empty(0, device=engine.device))
+    made = []
+    for block in range(blocks):
+
+        def run(which: int, x: Tensor, t: float, want_flow: bool = True, position: int = block * size) -> Tensor:
+            one = sessions[which]
+            return one.generator(x, t, position, one.rope, one.cache, texts[which], want_flow)
+
+        def both(x: Tensor, t: float, run=run) -> Tensor:
+            flow = run(0, x, t)
+            errors.flow[t].append(_relative(run(1, x, t), flow))
+            return flow
+
+        for session in sessions:
+            session.cache.begin(block * size, size)
+        clean, other = (denoise_block(flow, noise.start(block), steps, lambda i, block=block: noise.renoise(block, i))
+                        for flow in (both, lambda x, t, run=run: run(1, x, t)))
+        errors.block.append(_relative(other, clean))
+        made.append(clean if past is None else past[:, block * size:][:, :size])
+        for which in range(len(sessions)):
+            run(which, made[-1], engine.config.context_noise, want_flow=False)
+    errors.latents = torch.cat(made, 1)
+    return errors
+
+
+def _session(engine: Engine, generator: CausalWan) -> Session:
+    one = copy.copy(engine)
+    one.generator = generator
+    return one.session()
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -83,42 +120,12 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def measure(engine: Engine, latents: int, prompt: str) -> Quality:
-    """Of an engine in full precision, over `latents` latents."""
-
-    def session_of(generator: nn.Module):
-        one = copy.copy(engine)
-        one.generator = generator
-        one.config = dataclasses.replace(engine.config, cuda_graphs=False)  # which know nothing of two side by side
-        session = one.session()
-        session.set_prompt(prompt)
-        return session
-
-    full, device = engine.generator.to(engine.device), engine.device
-    model = copy.deepcopy(full)
-    fp8 = to_fp8(model, device) if device.type == "cpu" else in_precision(model, "fp8", device)
-    both = SideBySide(full, fp8)
-    blocks = range(-(-latents // engine.config.num_frame_per_block))
-    session = session_of(both)
-    made = [session.step_latents() for _ in blocks]
-    flow = {t: torch.stack(errors).tolist() for t, errors in both.errors.items()}
-    one, other = session_of(full), session_of(fp8)
-    videos = [psnr(one.step(), other.step()) for _ in blocks]
-    streams = [decoder.stream() for decoder in (engine.decoder, _with_8_bits(engine))]
-    return Quality(flow, videos, [psnr(*(_pixels(stream, block) for stream in streams)) for block in made])
-
-
 @torch.inference_mode()
-def _pixels(stream: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
-    return stream(latents).float().mul(127.5).add(127.5).round()
-
-
-def _with_8_bits(engine: Engine) -> WanVAE | TinyDecoder:
-    """The engine's decoder; on a CPU with 8 bits wherever some GPU might."""
-    decoder = copy.deepcopy(engine.decoder)
-    if engine.device.type == "cpu" and isinstance(decoder, WanVAE):
-        return fp8_decoder.to_fp8(decoder, engine.device, wanted=lambda conv, device: True)
-    return decoder_in_precision(decoder, "fp8", engine.device)
+def decoder_psnr(full: WanVAE | TinyDecoder, eight: WanVAE | TinyDecoder, latents: Tensor, size: int) -> list[float]:
+    """dB between the frames that two decoders make of the same latents, for each block of `size` of them."""
+    streams = full.stream(), eight.stream()
+    return [psnr(*(stream(block).float().mul(127.5).add(127.5).round() for stream in streams))
+            for block in latents.split(size, dim=1)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -131,12 +138,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     config = dataclasses.replace(load_config(args.config, args.overrides), precision="full")
     engine = random_engine(config, args.random) if args.random else Engine.from_config(config)
-    quality = measure(engine, args.latents, args.prompt)
+    size = config.num_frame_per_block
+    errors = generator_errors(engine, generator_in_8_bits(engine), -(-args.latents // size), args.prompt)
     print("flow, error relative to full precision:")
-    for t, errors in quality.flow.items():
-        print(f"  t = {t:6.1f}: mean {mean(errors):.4f}, last block {errors[-1]:.4f}")
-    for what, values in (("PSNR of each block", quality.psnr), ("PSNR of the decoder alone", quality.decoder)):
-        print(f"{what}, dB: " + " ".join(f"{value:.1f}" for value in values), flush=True)
+    for t, of_blocks in errors.flow.items():
+        print(f"  t = {t:6.1f}: mean {mean(of_blocks):.4f}, worst {max(of_blocks):.4f}, last block {of_blocks[-1]:.4f}")
+    print("clean latents of each block, error: " + " ".join(f"{value:.3f}" for value in errors.block))
+    decoded = decoder_psnr(engine.decoder, decoder_in_8_bits(engine), errors.latents, size)
+    print("decoder, dB of each block: " + " ".join(f"{value:.1f}" for value in decoded), flush=True)
 
 
 if __name__ == "__main__":
