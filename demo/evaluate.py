@@ -22,12 +22,13 @@ import torch
 from demo.evaluation import plan, report, sheets
 from demo.evaluation.films import Studio, drawn, generated
 from demo.evaluation.measure import measure
-from demo.evaluation.plan import ARMS, DRAWN, GROUPS, MAIN, PROMPT, TIMELINE, Task
+from demo.evaluation.plan import ARMS, DRAWN, GROUPS, MAIN, ON_ANY_DEVICE, PROMPT, TIMELINE, Task
 from demo.judge import WEIGHTS, WINDOW, Judge
 from demo.world import FPS
 from pipeline.engine import Engine
+from pipeline.precision import check_precision
 from utils.cli import Parser, guarded
-from utils.config import load_config
+from utils.config import Config, load_config
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.paths import find_file
@@ -53,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="films made together")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, timelines and noise")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that write and read MP4s")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP",
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(ON_ANY_DEVICE), metavar="GROUP",
                         help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th batch, from the I-th on")
     parser.add_argument("--report", action="store_true", help="only tables and pictures of what is there")
@@ -105,6 +106,8 @@ def make(args: argparse.Namespace) -> None:
     films += plan.timelines(args.timelines, min(args.timeline_seconds, args.seconds), args.seed, block)
     every = list(plan.tasks(films, args.only, args.batch, args.ablation_prompts,
                             config.model_kwargs.use_infinite_attention))
+    for arm in {task.arm for task in every} - {DRAWN}:  # before an hour of films of the others
+        check_precision(_config(args, arm).precision, pick_device(args.device))
     index, count = args.share
     parts = args.out / "parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -117,7 +120,8 @@ def make(args: argparse.Namespace) -> None:
         for task in todo:
             studio = Studio(args.out, config.crf, args.workers, lambda text, task=task: say(f"{task.name}: {text}"))
             if task.arm not in engines:
-                engines = {} if task.arm == DRAWN else {task.arm: _engine(args, task.arm)}
+                engines = {} if task.arm == DRAWN else {
+                    task.arm: Engine.from_config(_config(args, task.arm))}
             if judge is None:
                 device = next(iter(engines.values())).device if engines else _drawing_device(args.device)
                 judge = Judge.load(args.judge, device)
@@ -140,10 +144,9 @@ def _is_measured(path: Path, task: Task) -> bool:
     return have == [(film.name, film.seed, film.captions, task.frames) for film in task.films]
 
 
-def _engine(args: argparse.Namespace, arm: str) -> Engine:
-    overrides = [*args.overrides, f"device={args.device}", "cache_merged=false", "cuda_graphs=false",
-                 *ARMS[arm].overrides]
-    return Engine.from_config(load_config(args.config, overrides))
+def _config(args: argparse.Namespace, arm: str) -> Config:
+    return load_config(args.config, [*args.overrides, f"device={args.device}", "cache_merged=false",
+                                     "cuda_graphs=false", *ARMS[arm].overrides])
 
 
 def _drawing_device(name: str) -> torch.device:

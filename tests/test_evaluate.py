@@ -218,6 +218,51 @@ def test_adherence_counts_films(tmp_path):
     assert told["by second"]["2.5"]["count"] == 0.5 and told["ever doubled"] == 0
 
 
+@pytest.mark.parametrize(("found", "lost", "count", "expected"), [
+    (0, 0, 62, (0, -0.0433, 0.0433)),
+    (0, 10, 98, (-10 / 98, -0.1650, -0.0350)),
+    (30, 0, 100, (0.3, 0.2016, 0.3866)),
+])
+def test_difference_of_the_same_films_and_its_interval(found, lost, count, expected):
+    """Worked out by hand from the formula: p = (found + 1)/(n + 2), q = (lost + 1)/(n + 2)."""
+    first = [False] * found + [True] * lost + [True] * (count - found - lost)
+    second = [True] * found + [False] * lost + [True] * (count - found - lost)
+    assert list(report.difference(first, second).values()) == pytest.approx(expected, abs=1e-4)
+    turned = report.difference(second, first)
+    assert turned["low"] == pytest.approx(-expected[2], abs=1e-4)
+
+
+def test_interval_covers_the_true_difference():
+    """Nineteen times of twenty; what is drawn is the same everywhere."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        first = rng.random(64) < 0.95
+        second = np.where(rng.random(64) < 0.05, ~first, first)
+        told = report.difference(first.tolist(), second.tolist())
+        inside += told["low"] <= 0.05 * (1 - 2 * 0.95) <= told["high"]
+    assert inside > 0.93 * 2000
+
+
+def test_differences_are_film_by_film():
+    scene = [0] * len(CATEGORIES)
+    right = {"scenes": [scene], "starts": [0], "ends": [40, 80],
+             "read": {name: [0, 0] for name in CATEGORIES} | {COUNT: [1, 1]}}
+    wrong = right | {"read": right["read"] | {"colour": [0, 3]}}
+    told = report.differences(PROMPT, [right, wrong, right], [wrong, wrong, right])
+    assert set(told) == {"5"} and told["5"]["colour"]["difference"] == pytest.approx(-1 / 3)
+    assert told["5"]["subject"]["difference"] == 0 and told["5"]["all"] == told["5"]["colour"]
+
+    def switch(**after: int) -> dict:
+        shown = dict.fromkeys(CATEGORIES, 0) | {COUNT: 1}
+        return {"frame": 9, "changed": ["colour"], "before": shown, "after": shown | after}
+
+    rows = [{"scenes": [scene, scene], "starts": [0, 9], "switches": [one]} for one in (switch(), switch(colour=2))]
+    told = report.differences(TIMELINE, rows[:1], rows[1:])["switches"]
+    assert {name: d["difference"] for name, d in told.items()} == {
+        "new shown": -1, "others same": 0, "others right": 0, "all right": -1}
+
+
 def test_drawn_films_show_their_scenes(tmp_path):
     scene = [CHOICES[name].index(value) for name, value in
              dataclasses.asdict(Scene("ball", "red", "still", "snow", "noon", "still")).items()]
@@ -257,6 +302,7 @@ def test_whole_run_on_the_small_model(tiny_config, tmp_path, capsys):
     for name in ("report.md", "prompts-main.png", "timelines-main.png", "story.webp"):
         assert (out / name).stat().st_size > 100
     text = (out / "report.md").read_text()
+    assert "## keep, less main" in text and "| camera | +0.0 (-" in text
     assert "- **main**: the model as" in text and "- **keep**: a new prompt leaves" in text and "**base**" not in text
     told = json.loads((out / "report.json").read_text())
     assert told["arms"][MAIN]["prompts"]["films"] == 2 and set(told["arms"]) == {MAIN, KEEP}
@@ -283,6 +329,7 @@ def test_films_of_a_prompt_keep_it(engine):
     (["--device", "gpu"], ["device=gpu is not"]),
     (["--btach", "2"], ["--btach", "did you mean --batch?"]),
     (["sed=1"], ["unknown key sed"]),
+    (["--only", "main", "precision", "--device", "cpu"], ["precision=fp8 needs an NVIDIA GPU", "the device is cpu"]),
 ])
 def test_command_line_that_makes_no_sense(run_here, tmp_path, args, words):
     (tmp_path / "file").write_text("mine")

@@ -44,7 +44,7 @@ class Arm:
     kinds: tuple[str, ...] = (PROMPT, TIMELINE)
 
 
-MAIN, DRAWN = "main", "drawn"
+MAIN, DRAWN, EIGHT = "main", "drawn", "8 bits"
 ARMS = {
     MAIN: Arm("the model as its config says"),
     KEEP: Arm("a new prompt leaves the K/V cache as it is", at_switch=KEEP, kinds=(TIMELINE,)),
@@ -55,10 +55,12 @@ ARMS = {
                          ("model_kwargs.use_infinite_attention=true",), kinds=(PROMPT,)),
     "absolute RoPE": Arm("positions count from the beginning of the film",
                          ("model_kwargs.use_infinite_attention=false",), kinds=(PROMPT,)),
+    EIGHT: Arm("with 8 bits (precision=fp8), on a GPU that multiplies them", ("precision=fp8",)),
     DRAWN: Arm("not by the model but drawn by the world itself: what a perfect one would get"),
 }
 GROUPS = {"main": (MAIN,), "recache": (KEEP, CLEAR), "sink": ("no sink",), "lora": ("base",),
-          "rope": ("relative RoPE", "absolute RoPE"), "drawn": (DRAWN,)}
+          "rope": ("relative RoPE", "absolute RoPE"), "precision": (EIGHT,), "drawn": (DRAWN,)}
+ON_ANY_DEVICE = tuple(name for name in GROUPS if name != "precision")
 
 
 @dataclass(frozen=True)

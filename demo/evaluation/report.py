@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from math import sqrt
 from pathlib import Path
 from statistics import mean, median
 
@@ -59,6 +60,16 @@ def adherence(rows: Sequence[dict]) -> dict:
     return result
 
 
+def outcome_of(row: dict, switch: dict) -> dict[str, bool]:
+    """Whether one switch of a timeline shows all that is new; leaves all else as it was read before, and right; both
+    right."""
+    wanted, before, after = truth(row, switch["frame"]), switch["before"], switch["after"]
+    others = [name for name in ATTRIBUTES if name not in switch["changed"]]
+    return {"new shown": all(after[name] == wanted[name] for name in switch["changed"]),
+            "others same": all(after[name] == before[name] for name in others),
+            "others right": all(after[name] == wanted[name] for name in others), "all right": after == wanted}
+
+
 def switching(rows: Sequence[dict]) -> dict:
     """What became of all switches of timelines. `others same`: each attribute that should not change is read as it was
     before; `others right`: as it should be. `delay`: median seconds, and the share that came within AFTER at all."""
@@ -68,20 +79,17 @@ def switching(rows: Sequence[dict]) -> dict:
         for switch in row["switches"]:
             switches += 1
             wanted = truth(row, switch["frame"])
-            every = []
             for name in ATTRIBUTES:
                 is_right = switch["after"][name] == wanted[name]
-                every.append(is_right)
                 if name in switch["changed"]:
                     new[name].append(is_right)
                 else:
                     same[name].append(switch["after"][name] == switch["before"][name])
                     right[name].append(is_right)
-            new[ALL].append(all(r for name, r in zip(ATTRIBUTES, every, strict=True) if name in switch["changed"]))
-            others = [name for name in ATTRIBUTES if name not in switch["changed"]]
-            same[ALL].append(all(switch["after"][name] == switch["before"][name] for name in others))
-            right[ALL].append(all(switch["after"][name] == wanted[name] for name in others))
-            total.append(all(every))
+            outcome = outcome_of(row, switch)
+            for shares, what in ((new, "new shown"), (same, "others same"), (right, "others right")):
+                shares[ALL].append(outcome[what])
+            total.append(outcome["all right"])
             for name, seconds in switch["delay"].items():
                 delays[name].append(seconds)
     return {
@@ -92,6 +100,33 @@ def switching(rows: Sequence[dict]) -> dict:
                   for name, values in delays.items()},
         "cuts": cuts(rows, {"setting"}), "cuts beside fades": cuts(rows, {"setting", "light"}),
     }
+
+
+def difference(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
+    """How much larger the share of True is in `second` than in `first`, of the same films, and its 95 % confidence
+    interval: adjusted Wald for paired data (Bonett & Price 2012, doi.org/10.3102/1076998611411915)."""
+    found = sum(b and not a for a, b in zip(first, second, strict=True))
+    lost = sum(a and not b for a, b in zip(first, second, strict=True))
+    count = len(first) + 2
+    p, q = (found + 1) / count, (lost + 1) / count
+    half = 1.96 * sqrt((p + q - (p - q) ** 2) / count)
+    return {"difference": (found - lost) / len(first), "low": p - q - half, "high": p - q + half}
+
+
+def differences(kind: str, first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict[str, dict]]:
+    """`difference` of the same films made in two ways, row by row. Of prompts at each time: of each attribute; of
+    timelines under "switches": of what became of a switch."""
+    result = {}
+    if kind == TIMELINE:
+        pairs = {"switches": ([outcome_of(row, switch) for row in rows for switch in row["switches"]]
+                              for rows in (first, second))}
+    else:
+        frames = {f"{seconds}": seconds * FPS for seconds in TIMES if seconds * FPS in first[0]["ends"]}
+        pairs = {seconds: ([right_at(row, row["ends"].index(end)) for row in rows] for rows in (first, second))
+                 for seconds, end in frames.items()}
+    for when, (one, other) in pairs.items():
+        result[when] = {name: difference([r[name] for r in one], [r[name] for r in other]) for name in one[0]}
+    return result
 
 
 def cuts(rows: Sequence[dict], fades: set[str], reference: Sequence[dict] | None = None) -> dict | None:
@@ -151,7 +186,9 @@ def summary(rows: dict[str, list[dict]]) -> dict:
         for kind, of in ((PROMPT, lambda r: {"adherence": adherence(r), "drift": drift(r)}), (TIMELINE, switching)):
             names = {r["name"] for r in of_kind(rows[arm], kind)} & {r["name"] for r in of_kind(rows[MAIN], kind)}
             if names:
-                pair[kind] = {who: of(of_kind(rows[who], kind, names)) for who in (MAIN, arm)}
+                both = {who: of_kind(rows[who], kind, names) for who in (MAIN, arm)}
+                pair[kind] = {who: of(told) for who, told in both.items()}
+                pair[f"{kind} differences"] = differences(kind, both[MAIN], both[arm])
         result["ablations"][arm] = pair
     return result
 
@@ -177,6 +214,7 @@ def markdown(told: dict) -> str:
     for arm, pair in told["ablations"].items():
         if PROMPT in pair:
             parts.append(_ablation_text(arm, pair[PROMPT]))
+        parts.append(_difference_text(arm, pair))
     drifts = {arm: n["drift"] for arm, n in told["arms"].items() if "drift" in n}
     if drifts:
         parts.append(_drift_text(drifts))
@@ -231,6 +269,19 @@ def _ablation_text(arm: str, pair: dict) -> str:
     films = pair[arm]["adherence"]["films"]
     return (f"## {arm} ({films} films, same seeds)\n\nEverything right, in %.\n\n"
             + _table(["", *(f"{t} s" for t in times), "ever lost", "ever doubled"], lines))
+
+
+def _difference_text(arm: str, pair: dict) -> str:
+    parts = []
+    for kind in (PROMPT, TIMELINE):
+        if told := pair.get(f"{kind} differences"):
+            cells = {when: {name: f"{100 * d['difference']:+.1f} ({100 * d['low']:+.1f} … {100 * d['high']:+.1f})"
+                            for name, d in values.items()} for when, values in told.items()}
+            heads = ["", *(f"{when} s" if kind == PROMPT else when for when in cells)]
+            names = next(iter(cells.values()))
+            parts.append(_table(heads, [[name, *(values[name] for values in cells.values())] for name in names]))
+    return (f"## {arm}, less {MAIN}\n\nDifference of the same films, in percentage points, with its 95 % confidence "
+            f"interval.\n\n" + "\n".join(parts))
 
 
 def _drift_text(drifts: dict[str, dict]) -> str:
