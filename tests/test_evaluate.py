@@ -246,11 +246,12 @@ def test_interval_covers_the_true_difference():
 
 def test_differences_are_film_by_film():
     scene = [0] * len(CATEGORIES)
-    right = {"scenes": [scene], "starts": [0], "ends": [40, 80],
+    right = {"scenes": [scene], "starts": [0], "ends": [80, 480],
              "read": {name: [0, 0] for name in CATEGORIES} | {COUNT: [1, 1]}}
-    wrong = right | {"read": right["read"] | {"colour": [0, 3]}}
+    wrong = right | {"read": right["read"] | {"colour": [3, 0]}}
     told = report.differences(PROMPT, [right, wrong, right], [wrong, wrong, right])
-    assert set(told) == {"5"} and told["5"]["colour"]["difference"] == pytest.approx(-1 / 3)
+    assert set(told) == {"5", "30"} and told["5"]["colour"]["difference"] == pytest.approx(-1 / 3)
+    assert told["30"]["colour"]["difference"] == 0
     assert told["5"]["subject"]["difference"] == 0 and told["5"]["all"] == told["5"]["colour"]
 
     def switch(**after: int) -> dict:

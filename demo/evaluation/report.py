@@ -116,17 +116,15 @@ def difference(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float
 def differences(kind: str, first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict[str, dict]]:
     """`difference` of the same films made in two ways, row by row. Of prompts at each time: of each attribute; of
     timelines under "switches": of what became of a switch."""
-    result = {}
     if kind == TIMELINE:
-        pairs = {"switches": ([outcome_of(row, switch) for row in rows for switch in row["switches"]]
-                              for rows in (first, second))}
+        outcomes = {"switches": [[outcome_of(row, switch) for row in rows for switch in row["switches"]]
+                                 for rows in (first, second)]}
     else:
-        frames = {f"{seconds}": seconds * FPS for seconds in TIMES if seconds * FPS in first[0]["ends"]}
-        pairs = {seconds: ([right_at(row, row["ends"].index(end)) for row in rows] for rows in (first, second))
-                 for seconds, end in frames.items()}
-    for when, (one, other) in pairs.items():
-        result[when] = {name: difference([r[name] for r in one], [r[name] for r in other]) for name in one[0]}
-    return result
+        ends = {str(seconds): seconds * FPS for seconds in TIMES if seconds * FPS in first[0]["ends"]}
+        outcomes = {when: [[right_at(row, row["ends"].index(end)) for row in rows] for rows in (first, second)]
+                    for when, end in ends.items()}
+    return {when: {name: difference([r[name] for r in one], [r[name] for r in other]) for name in one[0]}
+            for when, (one, other) in outcomes.items()}
 
 
 def cuts(rows: Sequence[dict], fades: set[str], reference: Sequence[dict] | None = None) -> dict | None:
