@@ -196,7 +196,7 @@ def test_model_is_as_near_to_full_precision_as_the_plain_one(engine):
     assert max(fast.flows()) < 0.05, fast
     slow_engine = copy.copy(engine)
     slow_engine.generator, slow_engine.device = copy.deepcopy(engine.generator).cpu(), torch.device("cpu")
-    slow_engine.decoder = copy.deepcopy(engine.decoder).cpu()
+    slow_engine.decoder = copy.deepcopy(engine.decoder).to(torch.device("cpu"))
     slow = generator_errors(slow_engine, generator_in_8_bits(slow_engine), 2, "a")
     for t, errors in slow.flow.items():
         assert fast.flow[t][0] == pytest.approx(errors[0], rel=0.25)
