@@ -216,6 +216,7 @@ def test_adherence_counts_films(tmp_path):
     assert told["films"] == 2 and told["ever lost"] == 0.5 and told["windows lost"] == 0.25
     assert told["right"]["5"] == dict.fromkeys(ATTRIBUTES, 1.0) | {"colour": 0.5, "all": 0.5}
     assert told["by second"]["2.5"]["count"] == 0.5 and told["ever doubled"] == 0
+    assert told["windows right"]["colour"] == 0.75 and told["windows right"]["all"] == 0.5
 
 
 @pytest.mark.parametrize(("found", "lost", "count", "expected"), [
@@ -250,8 +251,9 @@ def test_differences_are_film_by_film():
              "read": {name: [0, 0] for name in CATEGORIES} | {COUNT: [1, 1]}}
     wrong = right | {"read": right["read"] | {"colour": [3, 0]}}
     told = report.differences(PROMPT, [right, wrong, right], [wrong, wrong, right])
-    assert set(told) == {"5", "30"} and told["5"]["colour"]["difference"] == pytest.approx(-1 / 3)
+    assert set(told) == {"5", "30", "all"} and told["5"]["colour"]["difference"] == pytest.approx(-1 / 3)
     assert told["30"]["colour"]["difference"] == 0
+    assert told["all"]["colour"] == pytest.approx({"difference": -1 / 6, "low": -0.4933, "high": 0.16}, abs=1e-4)
     assert told["5"]["subject"]["difference"] == 0 and told["5"]["all"] == told["5"]["colour"]
 
     def switch(**after: int) -> dict:

@@ -51,7 +51,10 @@ def _run_and_pause(argv: list[str], folder: Path, block: int) -> None:
         if session.block == block:
             (folder / "paused.part").write_text(str(writers[0]._process.pid))
             (folder / "paused.part").rename(folder / "paused")
-            time.sleep(120)
+            # In short naps, as work is done in many calls. One call that waits can sleep through a signal: where two
+            # come at once, the system may hand both to another thread, which has Python's handlers wait for this one.
+            for _ in range(6000):
+                time.sleep(0.02)
         return step(session)
 
     pipeline.render.Mp4Writer, Session.step = Known, pause

@@ -3,9 +3,9 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 
 from demo.evaluation.measure import AFTER, TIMES
 from demo.evaluation.plan import ARMS, DRAWN, MAIN, PROMPT, TIMELINE
@@ -53,6 +53,9 @@ def adherence(rows: Sequence[dict]) -> dict:
     for seconds in TIMES:
         if f"{seconds}" in result["by second"]:
             result["right"][str(seconds)] = result["by second"][f"{seconds}"]
+    if rows:
+        every = [right_at(row, window) for row in rows for window in range(len(row["ends"]))]
+        result["windows right"] = {name: mean(right[name] for right in every) for name in (*ATTRIBUTES, ALL)}
     result["ever lost"] = mean(0 in row["read"][COUNT] for row in rows)
     result["ever doubled"] = mean(2 in row["read"][COUNT] for row in rows)
     result["windows lost"] = mean(count == 0 for row in rows for count in row["read"][COUNT])
@@ -113,9 +116,17 @@ def difference(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float
     return {"difference": (found - lost) / len(first), "low": p - q - half, "high": p - q + half}
 
 
+def mean_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """How much larger the mean of `second` is, of the same films, and its 95 % confidence interval by the normal
+    distribution."""
+    each = [b - a for a, b in zip(first, second, strict=True)]
+    half = 1.96 * stdev(each) / sqrt(len(each)) if len(each) > 1 else inf
+    return {"difference": mean(each), "low": mean(each) - half, "high": mean(each) + half}
+
+
 def differences(kind: str, first: Sequence[dict], second: Sequence[dict]) -> dict[str, dict[str, dict]]:
-    """`difference` of the same films made in two ways, row by row. Of prompts at each time: of each attribute; of
-    timelines under "switches": of what became of a switch."""
+    """`difference` of the same films made in two ways, row by row. Of prompts at each time: of each attribute; under
+    "all": of the share of a film's windows that show it right. Of timelines under "switches": of what became of one."""
     if kind == TIMELINE:
         outcomes = {"switches": [[outcome_of(row, switch) for row in rows for switch in row["switches"]]
                                  for rows in (first, second)]}
@@ -123,8 +134,13 @@ def differences(kind: str, first: Sequence[dict], second: Sequence[dict]) -> dic
         ends = {str(seconds): seconds * FPS for seconds in TIMES if seconds * FPS in first[0]["ends"]}
         outcomes = {when: [[right_at(row, row["ends"].index(end)) for row in rows] for rows in (first, second)]
                     for when, end in ends.items()}
-    return {when: {name: difference([r[name] for r in one], [r[name] for r in other]) for name in one[0]}
-            for when, (one, other) in outcomes.items()}
+    result = {when: {name: difference([r[name] for r in one], [r[name] for r in other]) for name in one[0]}
+              for when, (one, other) in outcomes.items()}
+    if kind == PROMPT:
+        shares = [[adherence([row])["windows right"] for row in rows] for rows in (first, second)]
+        result[ALL] = {name: mean_difference(*([share[name] for share in of_films] for of_films in shares))
+                       for name in (*ATTRIBUTES, ALL)}
+    return result
 
 
 def cuts(rows: Sequence[dict], fades: set[str], reference: Sequence[dict] | None = None) -> dict | None:
@@ -221,9 +237,10 @@ def markdown(told: dict) -> str:
 
 def _adherence_text(title: str, numbers: dict) -> str:
     times = list(numbers["right"])
-    lines = [[name, *(percent(numbers["right"][t][name]) for t in times)] for name in (*ATTRIBUTES, ALL)]
-    return (f"## {title} ({numbers['films']} films)\n\nRight in the 2.5 s that end at this time, in %.\n\n"
-            + _table(["", *(f"{t} s" for t in times)], lines)
+    lines = [[name, *(percent(numbers["right"][t][name]) for t in times), percent(numbers["windows right"][name])]
+             for name in (*ATTRIBUTES, ALL)]
+    return (f"## {title} ({numbers['films']} films)\n\nRight in the 2.5 s that end at this time, and in all of such "
+            f"windows, in %.\n\n" + _table(["", *(f"{t} s" for t in times), "all windows"], lines)
             + f"\nSubject ever lost in {percent(numbers['ever lost'])} % of films "
               f"({percent(numbers['windows lost'])} % of windows), ever doubled in "
               f"{percent(numbers['ever doubled'])} % ({percent(numbers['windows doubled'])} %).\n")
@@ -275,7 +292,7 @@ def _difference_text(arm: str, pair: dict) -> str:
         if told := pair.get(f"{kind} differences"):
             cells = {when: {name: f"{100 * d['difference']:+.1f} ({100 * d['low']:+.1f} … {100 * d['high']:+.1f})"
                             for name, d in values.items()} for when, values in told.items()}
-            heads = ["", *(f"{when} s" if kind == PROMPT else when for when in cells)]
+            heads = ["", *(f"{when} s" if when.isdigit() else "all windows" if when == ALL else when for when in cells)]
             names = next(iter(cells.values()))
             parts.append(_table(heads, [[name, *(values[name] for values in cells.values())] for name in names]))
     return (f"## {arm}, less {MAIN}\n\nDifference of the same films, in percentage points, with its 95 % confidence "
