@@ -74,6 +74,17 @@ class LiveServer:
     def state(self, session: str) -> dict:
         return self.http.get(f"/api/sessions/{session}").json()
 
+    def at_rest(self, session: str) -> dict:
+        """The state of a session in which nothing is made any more: that of now and that of half a second ago."""
+        end, before = time.monotonic() + PATIENCE, None
+        while time.monotonic() < end:
+            state = self.state(session)
+            if before is not None and (state["frames"], state["recorded"]) == (before["frames"], before["recorded"]):
+                return state
+            before = state
+            time.sleep(0.5)
+        raise AssertionError(f"{session} never came to rest")
+
     def end_all(self) -> None:
         """Ends all sessions."""
         for session in list(self.studio._shows):

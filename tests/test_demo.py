@@ -1,10 +1,11 @@
-"""The small model that comes with this repository: its videos show what their prompts say. Seeds are fixed."""
+"""The small model that comes with this repository: its videos show what their prompts say. Seeds are fixed, and in full
+precision the same video comes out on any processor, but for differences far below a step of a pixel."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from demo.judge import SHORTEST, WINDOW, Judge
+from demo.judge import COUNT, WINDOW, Judge
 from demo.world import CHOICES
 from pipeline.engine import Engine
 from pipeline.session import Session
@@ -18,11 +19,13 @@ def engine() -> Engine:
     return Engine.from_config(load_config("configs/demo.yaml", ["device=cpu"]))
 
 
-def look(frames: Tensor) -> tuple[str, ...]:
-    """What the judge sees in the latest frames, uint8 [T, H, W, 3]."""
-    seen = Judge.load()(frames[None, -SHORTEST:])
-    assert int(seen["count"]) == 1
-    return tuple(CHOICES[name][int(seen[name])] for name in SHOWN)
+def assert_shows(frames: Tensor, *expected: str) -> None:
+    """That the judge sees one subject in the latest frames, uint8 [T, H, W, 3], and what is expected, and is sure."""
+    seen = Judge.load().probabilities(frames[None, -WINDOW:])
+    sure = {name: seen[name][0, CHOICES[name].index(value)].item() for name, value in zip(SHOWN, expected, strict=True)}
+    sure[COUNT] = seen[COUNT][0, 1].item()
+    print(f"how sure the judge is, at least 0.9 wanted: {sure}")
+    assert min(sure.values()) > 0.9, sure
 
 
 def blocks(session: Session, count: int) -> Tensor:
@@ -39,8 +42,8 @@ def blocks(session: Session, count: int) -> Tensor:
 def test_video_shows_its_prompt(engine, prompt, expected):
     session = engine.session(seed=1)
     session.set_prompt(prompt)
-    frames = blocks(session, 3)
-    assert look(frames) == expected
+    frames = blocks(session, 4)
+    assert_shows(frames, *expected)
     assert (frames[1:].int() - frames[:-1].int()).abs().amax((1, 2, 3)).min() > 0  # no frame is the one before again
 
 
@@ -58,6 +61,7 @@ def test_subject_and_camera_move_as_the_prompt_says(engine, prompt, motion, came
         videos.append(blocks(session, 9)[-WINDOW:])
     seen = Judge.load()(torch.stack(videos))
     right = (seen["motion"] == CHOICES["motion"].index(motion)) & (seen["camera"] == CHOICES["camera"].index(camera))
+    print(f"right: {right.tolist()}, three wanted")
     assert right.sum() >= 3
 
 
@@ -65,14 +69,17 @@ def test_video_follows_a_new_prompt_and_only_it(engine):
     session, other = engine.session(seed=2), engine.session(seed=2)
     for one in (session, other):
         one.set_prompt("A red boat sways at sea at noon.")
-    before = blocks(session, 3)
-    assert look(before) == ("boat", "red", "sea", "noon") and torch.equal(blocks(other, 3), before)
+    before = blocks(session, 4)
+    assert_shows(before, "boat", "red", "sea", "noon")
+    assert torch.equal(blocks(other, 4), before)
     session.set_prompt("A red boat sways at sea at night.")
-    after = blocks(session, 3)  # 2.25 s
-    assert look(after) == ("boat", "red", "sea", "night")
-    assert look(blocks(other, 3)) == ("boat", "red", "sea", "noon")
-    cut = (after[0].int() - before[-1].int()).abs().float().mean()
-    assert cut < 12  # of 255: the light changes in time, not from one frame to the next
+    after, unchanged = blocks(session, 5), blocks(other, 5)
+    assert_shows(after, "boat", "red", "sea", "night")
+    assert_shows(unchanged, "boat", "red", "sea", "noon")
+    cut, apart = ((a.int() - b.int()).abs().float().mean() for a, b in
+                  ((after[0], before[-1]), (after[-1], unchanged[-1])))
+    print(f"first frame of the new prompt: {cut:.1f} of 255 from the one before; day and night: {apart:.1f}")
+    assert cut < apart / 3  # the light changes in time, not from one frame to the next
 
 
 @pytest.mark.parametrize("prompt", [

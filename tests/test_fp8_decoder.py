@@ -143,18 +143,27 @@ def test_convolutions_of_the_residual_blocks_are_changed_and_no_others():
     assert len(changed) == 28
 
 
-def test_any_split_into_blocks_gives_the_same_frames():
-    fast, latents = to_fp8(new_decoder(), CPU, everywhere), random(2, 6, 16, 3, 4)
-    whole = decode(fast, latents, 6)
-    for sizes in ((3, 3), (1, 2, 2, 1), (2, 4)):
-        torch.testing.assert_close(decode(fast, latents, *sizes), whole, rtol=0, atol=2e-2)
+def assert_same_but_for_rounding(got: Tensor, expected: Tensor, exact: Tensor) -> None:
+    """A last digit that differs can turn how a number is rounded, and that of many after it: it stays below what 8 bits
+    cost (0.2 times that, under noise of 3e-7), where a frame that is lost or misplaced is four times as much."""
+    off = ((got - expected).norm() / (expected - exact).norm()).item()
+    print(f"{off:.3f} of what 8 bits cost; less than 1 wanted")
+    assert off < 1
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (1, 2, 2, 1), (2, 4)])
+def test_any_split_into_blocks_gives_the_same_frames(sizes):
+    vae, latents = new_decoder(), random(2, 6, 16, 3, 4)
+    fast = to_fp8(copy.deepcopy(vae), CPU, everywhere)
+    assert_same_but_for_rounding(decode(fast, latents, *sizes), decode(fast, latents, 6), decode(vae, latents, 6))
 
 
 def test_frames_in_a_ring_are_those_that_are_copied(monkeypatch):
-    fast, latents = to_fp8(new_decoder(), CPU, everywhere), random(2, 6, 16, 3, 4)
+    vae, latents = new_decoder(), random(2, 6, 16, 3, 4)
+    fast = to_fp8(copy.deepcopy(vae), CPU, everywhere)
     in_ring = decode(fast, latents, 1, 3, 2)
     monkeypatch.setattr(Fp8CausalConv3d, "reads_rings", lambda self, x: False)
-    assert torch.equal(decode(fast, latents, 1, 3, 2), in_ring)
+    assert_same_but_for_rounding(decode(fast, latents, 1, 3, 2), in_ring, decode(vae, latents, 1, 3, 2))
 
 
 def test_nothing_changes_where_it_is_not_faster():

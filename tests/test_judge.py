@@ -109,7 +109,8 @@ def test_training_clips_have_every_count_and_all_combinations():
 def test_training_sees_the_frames_of_the_world():
     script = random_script(2, torch.Generator().manual_seed(0))
     seen = (255 * draw_seen(script, 8)).round().to(torch.uint8)
-    assert torch.equal(seen, draw(script, 8)[:, ::2])
+    off = (seen.int() - draw(script, 8)[:, ::2].int()).abs()
+    assert off.max() <= 1 and off.count_nonzero() < off.numel() / 1000  # what lies between two steps
 
 
 def test_worse_clips_differ_from_clip_to_clip_and_repeat():

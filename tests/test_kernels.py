@@ -65,7 +65,7 @@ def test_every_way_of_a_convolution_is_the_same(way):
 def test_convolution_of_a_ring_is_that_of_its_frames_in_a_row(start, frames):
     ring, weight, bias, skip = draw(2, 7, 5, 6, 8), draw(3, 8, 3, 3, 3), draw(3), draw(2, frames - 2, 5, 6, 3)
     x = torch.stack([ring[:, (start + i) % 7] for i in range(frames)], 1)
-    assert torch.equal(conv3d_of_ring(ring, start, frames, weight, bias, skip), conv3d(x, weight, bias, skip))
+    assert_close(conv3d_of_ring(ring, start, frames, weight, bias, skip), conv3d(x, weight, bias, skip))
 
 
 def test_sums_and_their_norms_are_those_of_the_parts():
@@ -119,8 +119,10 @@ def test_results_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
-        for got, expected in zip(other, results[0], strict=True):
+        for got, expected in zip(other[:2], results[0][:2], strict=True):
             assert torch.equal(got, expected)
+        for got, expected in zip(other[2:], results[0][2:], strict=True):  # products, which libraries sum as they like
+            assert_close(got, expected)
 
 
 @pytest.mark.parametrize("once,reason", [

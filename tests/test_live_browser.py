@@ -112,7 +112,7 @@ def test_type_while_it_plays(page, engine, tmp_path):
     assert one.state == "waiting" and "What should the video show?" in one.text("#veil")
     one.tab.evaluate(CAPTURE)
     one.type(RED)
-    one.wait(lambda: one.frame > 20, "frames")
+    one.wait(lambda: one.frame > 40, "frames")
     first = one.captured()
     assert len({picture.tobytes() for picture in first.values()}) > 15  # it moves
 

@@ -20,6 +20,8 @@ from live.take import Change, Take
 from live.terminal import play
 from tests.conftest import REPOSITORY, assert_complains
 from tests.frames import decode_errors, read_frames
+from tests.live_client import wait_until
+from tests.stopped import wait_for_frames
 from utils.config import load_config
 from utils.errors import UserError
 
@@ -141,7 +143,7 @@ def test_nothing_typed(run_here, monkeypatch, tmp_path):
 
 
 class Typed(io.TextIOBase):
-    """A terminal at which someone types: a line, a pause in seconds, …, the end."""
+    """A terminal at which someone types: a line, what they wait for, …, the end."""
 
     def __init__(self, *items):
         self.items = items
@@ -151,15 +153,19 @@ class Typed(io.TextIOBase):
 
     def __iter__(self):
         for item in self.items:
-            if isinstance(item, float):
-                time.sleep(item)
+            if callable(item):
+                item()
             else:
                 yield item
 
 
 def test_typed_prompts_take_hold_as_they_come(tiny_yaml, tmp_path):
+    def three_blocks_more():
+        video = wait_until(lambda: next(tmp_path.glob("*.partial.mp4"), None), "the video")
+        wait_for_frames(video, wait_for_frames(video, 1) + 36)
+
     task = parse([str(tiny_yaml), "--terminal", "--output-folder", str(tmp_path)])
-    play(task, Storage(tmp_path, 10**9), {}, Typed("a\n", 1.5, "b\n", 1.5, "\n", "never\n"))
+    play(task, Storage(tmp_path, 10**9), {}, Typed("a\n", three_blocks_more, "b\n", three_blocks_more, "\n", "never\n"))
     (video,) = videos_made(tmp_path)
     about = json.loads(video.with_suffix(".json").read_text())
     assert [one["prompt"] for one in about["plan"]] == ["a", "b"]

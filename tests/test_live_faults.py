@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
@@ -43,9 +42,10 @@ def assert_goes_on(server: LiveServer, player: Player) -> None:
 def assert_recorded(server: LiveServer, session: str, path) -> None:
     """The recording has every frame that was made."""
     server.http.patch(f"/api/sessions/{session}", json={"paused": True})
-    time.sleep(0.3)
+    made = server.at_rest(session)
+    assert made["recorded"] == made["frames"]
     path.write_bytes(server.http.get(f"/api/sessions/{session}/video.mp4").content)
-    assert decode_errors(path) == "" and len(read_frames(path)) == server.state(session)["frames"]
+    assert decode_errors(path) == "" and len(read_frames(path)) == made["frames"]
 
 
 def test_browser_that_vanishes_in_mid_stream(server, tmp_path):

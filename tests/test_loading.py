@@ -153,13 +153,17 @@ def test_native_names_of_this_test_are_those_of_the_recorded_files(models):
 def test_every_layout_gives_the_same_model(config, name):
     base, other = named(config, "diffusers"), named(config, name)
     latents, embeds = clip()
-    a, b = (flow(load_generator(*layout, torch.float32), latents, 500.0, embeds) for layout in (base, other))
-    assert torch.equal(a, b) and a.std() > 0.1
+
+    def assert_same(a: torch.Tensor, b: torch.Tensor, least: float) -> None:
+        """But for the last digits: how a product is summed may depend on where in memory its weights are mapped."""
+        assert a.std() > least
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+    assert_same(*(flow(load_generator(*layout, torch.float32), latents, 500.0, embeds) for layout in (base, other)),
+                0.1)
     with torch.inference_mode():
-        a, b = (load_decoder(*layout, torch.float32).stream()(latents) for layout in (base, other))
-    assert torch.equal(a, b) and a.std() > 0.01
-    a, b = (load_text_encoder(*layout, 512)("a red ball bounces") for layout in (base, other))
-    assert torch.equal(a, b) and a.std() > 0.1
+        assert_same(*(load_decoder(*layout, torch.float32).stream()(latents) for layout in (base, other)), 0.01)
+    assert_same(*(load_text_encoder(*layout, 512)("a red ball bounces") for layout in (base, other)), 0.1)
 
 
 @pytest.mark.parametrize("t", [1000.0, 833.3333, 0.0])

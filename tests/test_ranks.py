@@ -42,8 +42,8 @@ def test_two_processes_make_every_video_once_as_one_process_does(tiny_yaml, tmp_
             for rank in json.loads((tmp_path / "profile.json").read_text())["ranks"]]
     assert sorted(made) == [["0000-0", "0002-0"], ["0001-0"]]
 
-    # A process alone has more threads than each of two.
-    alone = run_script("inference.py", *arguments, "--output-folder", "one", env=os.environ | {"OMP_NUM_THREADS": "2"})
+    # With as many threads as each of the two: of how many there are last digits may depend.
+    alone = run_script("inference.py", *arguments, "--output-folder", "one", env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert alone.code == 0, alone.err
     for video in videos:
         np.testing.assert_array_equal(read_frames(video), read_frames(tmp_path / "one" / video.name))

@@ -41,8 +41,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def same_on_any_thread_count() -> None:
     """Asks MKL for matrix products on the CPU whose last digits do not depend on the number of threads; they cost the
-    same. It heeds this only before its first product in a process. Without it a video made by one process differs
-    from the same one made by one of several that share the cores."""
+    same. It heeds this only before its first product in a process, and for some sizes not at all on processors that are
+    not Intel's: there a pixel in 10,000 may be one step off in a video that was made with another number of threads."""
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
