@@ -38,7 +38,9 @@ def _signals_are_on():
 
 @pytest.fixture(autouse=True)
 def _process_stays_as_it_was():
-    """A front-end that runs in the tests' process takes over its signals and its log."""
+    """A front-end that runs in the tests' process takes over its signals and its log. And what a test draws does not
+    depend on those that ran before it."""
+    torch.manual_seed(0)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     signals = {number: signal.getsignal(number) for number in STOPPING}

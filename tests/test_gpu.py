@@ -122,7 +122,7 @@ def test_linear_writes_where_it_is_told_to(dtype, batch, tokens, dim):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         got = kernels.linear(x, weight, bias, place)
         torch.cuda.synchronize()
-    assert torch.equal(got, F.linear(x, weight, bias))
+    assert relative(got, F.linear(x, weight, bias)) < TOLERANCE[dtype]
     assert (whole[:, :tokens] == 7).all() and (whole[:, 2 * tokens :] == 7).all()
     assert got.is_set_to(place) == (batch == 1)
     if batch == 1 and dtype == torch.bfloat16:
