@@ -373,9 +373,9 @@ def scaled(name: str, index: int) -> Callable[[nn.Module], None]:
     return lambda model: model.blocks[index].get_submodule(name).scale.mul_(1.25)
 
 
-BREAK = {
-    **{f"scale of {name} in block {index}": scaled(name, index)
-       for name in ("self_attn.qkv", "wide", "narrow") for index in (0, 5)},
+SLIGHTLY = {f"scale of {name} in block {index}": scaled(name, index)
+            for name in ("self_attn.qkv", "wide", "narrow") for index in (0, 5)}
+GROSSLY = {
     "rows of a layer in another order": lambda model: model.blocks[3].wide.weight.copy_(
         model.blocks[3].wide.weight.roll(1, 0)),
     "a layer that gives nothing": lambda model: model.blocks[3].narrow.weight.zero_(),
@@ -384,13 +384,17 @@ BREAK = {
 }
 
 
-@pytest.mark.parametrize("what", BREAK)
+@pytest.mark.parametrize("what", [*SLIGHTLY, *GROSSLY])
 def test_small_model_with_something_broken_is_not(demo, clip, what):
+    """A scale that is a quarter too large in one layer of 18 shows in the mean; what is worse, in all three."""
     eight = generator_in_8_bits(demo)
-    BREAK[what](eight)
+    (SLIGHTLY | GROSSLY)[what](eight)
     errors = generator_errors(demo, eight, 2, *clip)
-    print(f"{what}: mean flow {mean(errors.flows()):.4f}")
+    print(f"{what}: mean flow {mean(errors.flows()):.4f}, largest {max(errors.flows()):.4f}, "
+          f"block {median(errors.block):.4f}")
     assert mean(errors.flows()) > 1.2 * FLOW
+    if what in GROSSLY:
+        assert max(errors.flows()) > 1.5 * ANY_FLOW and median(errors.block) > 1.5 * BLOCK
 
 
 @pytest.mark.parametrize("changes", [{"use_infinite_attention": True}, {"local_attn_size": -1}])
