@@ -120,8 +120,7 @@ def make(args: argparse.Namespace) -> None:
         for task in todo:
             studio = Studio(args.out, config.crf, args.workers, lambda text, task=task: say(f"{task.name}: {text}"))
             if task.arm not in engines:
-                engines = {} if task.arm == DRAWN else {
-                    task.arm: Engine.from_config(_config(args, task.arm))}
+                engines = {} if task.arm == DRAWN else {task.arm: Engine.from_config(_config(args, task.arm))}
             if judge is None:
                 device = next(iter(engines.values())).device if engines else _drawing_device(args.device)
                 judge = Judge.load(args.judge, device)

@@ -15,6 +15,7 @@ import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -80,24 +81,28 @@ def generator_errors(engine: Engine, eight: CausalWan, blocks: int, prompt: str,
     texts = [session.generator.encode_text(embeds) for session in sessions]
     size, noise, steps = engine.config.num_frame_per_block, sessions[0].noise, sessions[0].steps
     errors = Errors(defaultdict(list), [], torch.empty(0, device=engine.device))
-    made = []
+    position, made = 0, []
+
+    def run(which: int, x: Tensor, t: float, want_flow: bool = True) -> Tensor:
+        one = sessions[which]
+        return one.generator(x, t, position, one.rope, one.cache, texts[which], want_flow)
+
+    def both(x: Tensor, t: float) -> Tensor:
+        flow = run(0, x, t)
+        errors.flow[t].append(_relative(run(1, x, t), flow))
+        return flow
+
+    def eight_alone(x: Tensor, t: float) -> Tensor:
+        return run(1, x, t)
+
     for block in range(blocks):
-
-        def run(which: int, x: Tensor, t: float, want_flow: bool = True, position: int = block * size) -> Tensor:
-            one = sessions[which]
-            return one.generator(x, t, position, one.rope, one.cache, texts[which], want_flow)
-
-        def both(x: Tensor, t: float, run=run) -> Tensor:
-            flow = run(0, x, t)
-            errors.flow[t].append(_relative(run(1, x, t), flow))
-            return flow
-
+        position = block * size
         for session in sessions:
-            session.cache.begin(block * size, size)
-        clean, other = (denoise_block(flow, noise.start(block), steps, lambda i, block=block: noise.renoise(block, i))
-                        for flow in (both, lambda x, t, run=run: run(1, x, t)))
+            session.cache.begin(position, size)
+        renoise = partial(noise.renoise, block)
+        clean, other = (denoise_block(flow, noise.start(block), steps, renoise) for flow in (both, eight_alone))
         errors.block.append(_relative(other, clean))
-        made.append(clean if past is None else past[:, block * size:][:, :size])
+        made.append(clean if past is None else past[:, position : position + size])
         for which in range(len(sessions)):
             run(which, made[-1], engine.config.context_noise, want_flow=False)
     errors.latents = torch.cat(made, 1)

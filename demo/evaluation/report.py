@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from math import inf, sqrt
+from math import sqrt
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -117,10 +117,10 @@ def difference(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float
 
 
 def mean_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
-    """How much larger the mean of `second` is, of the same films, and its 95 % confidence interval by the normal
-    distribution."""
+    """How much larger the mean share is in `second` than in `first`, of the same films, and its 95 % confidence
+    interval by the normal distribution."""
     each = [b - a for a, b in zip(first, second, strict=True)]
-    half = 1.96 * stdev(each) / sqrt(len(each)) if len(each) > 1 else inf
+    half = 1.96 * stdev(each) / sqrt(len(each)) if len(each) > 1 else 1.0  # shares can't differ by more
     return {"difference": mean(each), "low": mean(each) - half, "high": mean(each) + half}
 
 
