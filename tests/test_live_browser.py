@@ -140,9 +140,9 @@ def test_type_while_it_plays(page, engine, tmp_path):
 
     session, frames = one.session, one.server.state(one.session)["frames"]
     one.tab.reload()
-    one.wait(lambda: one.state == "paused")
-    assert one.session == session and one.frame == frames - 1  # the newest picture, at once
-    assert one.tab.locator("#prompts li").count() == 2
+    one.wait(lambda: one.state == "paused" and one.frame >= 0, "a picture")
+    assert one.session == session and one.frame == frames - 1  # the newest, at once
+    one.wait(lambda: one.tab.locator("#prompts li").count() == 2, "the list of prompts")
 
     downloads = []
     one.tab.on("download", lambda download: downloads.append(download))
@@ -235,10 +235,10 @@ def test_browser_that_is_killed_in_mid_stream(server, tmp_path):
     with server.watch(session) as player:
         player.until_frame(frames + 20)
     server.http.patch(f"/api/sessions/{session}", json={"paused": True})
-    wait_until(lambda: server.state(session)["recorded"] == server.state(session)["frames"])
+    made = server.at_rest(session)
     video = tmp_path / "video.mp4"
     video.write_bytes(server.http.get(f"/api/sessions/{session}/video.mp4").content)
-    assert decode_errors(video) == "" and len(read_frames(video)) == server.state(session)["frames"]
+    assert decode_errors(video) == "" and len(read_frames(video)) == made["frames"] == made["recorded"]
     server.end_all()
 
 
