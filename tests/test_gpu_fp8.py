@@ -15,7 +15,8 @@ from scripts.benchmarking.random_engine import random_engine
 from scripts.fp8_quality import generator_errors, generator_in_8_bits
 from tests.clips import encoded_clip
 from tests.conftest import REPOSITORY
-from tests.test_fp8 import as_float, assert_near_full_precision, exact_attention, relative, with_outliers
+from tests.test_fp8 import as_float, exact_attention, relative, with_outliers
+from tests.test_fp8_quality import assert_near_full_precision
 from utils.checkpoint import fill
 from utils.config import load_config
 from wan import fp8_decoder
