@@ -1,4 +1,4 @@
-"""The parts of `precision: fp8` by their plain versions, which round where the GPU's do, and that its cache is a KVCache.
+"""The parts of `precision: fp8` by their plain versions, which round where the GPU's do; its cache is a KVCache.
 tests/test_fp8_quality.py has the whole model; tests/test_precision.py where it is refused; tests/test_gpu_fp8.py holds
 the GPU's versions against these."""
 
