@@ -4,8 +4,9 @@ Prints the error of the generator's flow at each denoising step and that of a wh
 full precision, and the PSNR between the frames that the two decoders make of the same latents, infinite where the
 decoder stays as it is. On a CPU the plain versions, which are slow, stand in for what a GPU computes.
 
-Two videos that are each made by themselves are not compared: they drift apart, as those of two processors do. What 8
-bits do to how videos look is measured by `python -m demo.evaluate --only main precision`.
+Two videos that are each made by themselves are not compared: one number rounded the other way turns many after it, so
+how far apart they are is chance, and differs between processors. What 8 bits do to how videos look is measured by
+`python -m demo.evaluate --only main precision`.
 """
 
 import argparse
